@@ -1,0 +1,529 @@
+//! What becomes of a packet of a service: the pipeline behind every hook.
+//!
+//! Flow table first; a packet that has no slot there is the first of its flow, or its slot was lost. Nothing here knows how packets are
+//! read, changed or sent on.
+
+use core::num::NonZeroU32;
+
+use crate::{
+    addr::{Addr, PortBe},
+    conntrack::{Direction, State},
+    counters::Counter,
+    filter::{self, Kind},
+    flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
+    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, algorithm},
+    select,
+    table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
+    time::Ticks,
+};
+
+/// Backends a new flow is offered to before it is refused.
+const OFFERS: u32 = 4;
+/// Backends that a segment in mid-connection is looked for at.
+const SEARCHED: u32 = 8;
+
+/// The maps, beside the flow table.
+pub trait Tables: Operations {
+    fn hash_key(&self) -> HashKey;
+    fn filter_bits_log2(&self) -> u32;
+    fn filter_has(&self, bit: u32) -> bool;
+    fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef>;
+    fn config(&self, index: u32) -> Option<&Config>;
+    /// The member in a slot of all rings.
+    fn ring(&self, slot: u32) -> Option<u16>;
+    /// A backend id in the list of all members.
+    fn member(&self, index: u32) -> Option<u32>;
+    fn backend(&self, id: u32) -> Option<&Backend>;
+    fn frontend(&self, id: u32) -> Option<&Frontend>;
+    fn owners(&self, key: &EndpointKey) -> Option<&Owners>;
+    /// How many times this was asked for the service before.
+    fn turn(&self, service: u32) -> u64;
+    fn random(&self) -> u32;
+    fn count(&self, counter: Counter);
+    fn count_flow(&self, service: u32, backend: u32);
+}
+
+/// What an address filter says of a packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Candidate {
+    /// Perhaps to a frontend.
+    to_frontend: bool,
+    /// Perhaps from a backend.
+    from_backend: bool,
+}
+
+/// Whether a packet may be of a service. Most that are not end here.
+#[inline(always)]
+pub fn candidate<A: Family>(tables: &impl Tables, tuple: &Tuple<A>) -> Option<Candidate> {
+    let bits = tables.filter_bits_log2();
+    let candidate = Candidate {
+        to_frontend: tables.filter_has(filter::bit(tuple.destination, Kind::Frontend, bits)),
+        from_backend: tables.filter_has(filter::bit(tuple.source, Kind::Backend, bits)),
+    };
+    (candidate.to_frontend || candidate.from_backend).then_some(candidate)
+}
+
+/// Which directions of flows a hook translates.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Scope {
+    Both,
+    Forward,
+    Replies,
+}
+
+impl Scope {
+    #[inline(always)]
+    const fn has(self, direction: Direction) -> bool {
+        match direction {
+            Direction::Forward => !matches!(self, Self::Replies),
+            Direction::Reply => !matches!(self, Self::Forward),
+        }
+    }
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// None of ours: goes on untouched.
+    Pass,
+    /// Is rewritten as the translation says.
+    Translate,
+    Drop,
+}
+
+/// A rewrite: of the destination on the way to the backend, of the source on the way back.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Translation<A> {
+    pub direction: Direction,
+    pub address: A,
+    pub port: PortBe,
+    /// Whose counters the packet belongs in.
+    pub service: u32,
+    /// Whether it is the first packet of its flow.
+    pub is_new: bool,
+}
+
+impl<A: Family> Translation<A> {
+    /// None yet.
+    #[inline(always)]
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            direction: Direction::Forward,
+            address: A::from_map(Addr::default()),
+            port: PortBe(0),
+            service: 0,
+            is_new: false,
+        }
+    }
+
+    #[inline(always)]
+    fn to_backend(backend: &Backend, is_new: bool) -> Self {
+        let (address, port) = (A::from_map(backend.addr), backend.port);
+        Self { direction: Direction::Forward, address, port, service: backend.service, is_new }
+    }
+
+    #[inline(always)]
+    fn to_frontend(frontend: &Frontend) -> Self {
+        let (address, port) = (A::from_map(frontend.addr), frontend.port);
+        Self { direction: Direction::Reply, address, port, service: frontend.service, is_new: false }
+    }
+
+    /// The other direction's tuple, as its packets have it when they come in.
+    #[inline(always)]
+    const fn twin(&self, tuple: &Tuple<A>) -> Tuple<A> {
+        let protocol = tuple.protocol;
+        match self.direction {
+            Direction::Forward => Tuple {
+                source: self.address,
+                source_port: self.port,
+                destination: tuple.source,
+                destination_port: tuple.source_port,
+                protocol,
+            },
+            Direction::Reply => Tuple {
+                source: tuple.destination,
+                source_port: tuple.destination_port,
+                destination: self.address,
+                destination_port: self.port,
+                protocol,
+            },
+        }
+    }
+}
+
+/// What the flow table says of a packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Known {
+    /// It is of this flow: rewritten as the translation says.
+    Translate,
+    /// The same, and it changed something that [`tend`] is to carry over to the other direction.
+    Tend,
+    /// Of a flow whose direction another hook translates.
+    Elsewhere,
+    /// Nothing: see [`select`], [`place`] and [`lost_reply`].
+    No,
+}
+
+/// Looks a packet up in the flow table: all that most packets of services need.
+///
+/// `translation` is filled in for [`Known::Translate`] and [`Known::Tend`]. It is not part of the result, because the compiler would leave it undefined in the
+/// others, and the verifier accepts no undefined value even where nobody looks at it.
+#[inline(always)]
+pub fn known<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    translation: &mut Translation<A>,
+) -> Known {
+    let Lookup { fingerprint, now, scope, .. } = *lookup;
+    let Some(found) = table::find(&tables, fingerprint, now) else { return Known::No };
+    let direction = found.data.direction();
+    if !scope.has(direction) {
+        return Known::Elsewhere;
+    }
+    let id = found.data.id();
+    match direction {
+        Direction::Forward => {
+            let Some(backend) = tables.backend(id) else { return Known::No };
+            if !stays(backend, packet, found.data, now) {
+                leave(tables, fingerprint, found, now);
+                return Known::No;
+            }
+            *translation = Translation::to_backend(backend, false);
+        }
+        Direction::Reply => {
+            let Some(frontend) = tables.frontend(id) else { return Known::No };
+            *translation = Translation::to_frontend(frontend);
+        }
+    }
+    let data = found.data.after(packet.segment, now);
+    // Written at most once per time unit and state. Where that fails, another CPU has just done the same.
+    if data != found.data && found.slot.data.replace(found.data.0, data.0) { Known::Tend } else { Known::Translate }
+}
+
+/// What packets are looked up with.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Lookup {
+    pub fingerprint: Fingerprint,
+    pub now: Ticks,
+    pub candidate: Candidate,
+    pub scope: Scope,
+}
+
+/// Whether a packet belongs to the flow whose slot it found. It does not where a client begins anew on a finished flow; and datagrams leave
+/// a backend that serves no more, as clients leave one that takes no new flows before it answered.
+#[inline(always)]
+fn stays<A: Family>(backend: &Backend, packet: &Parsed<A>, data: Data, now: Ticks) -> bool {
+    let is_syn = packet.segment.is_syn();
+    if !is_syn && backend.flags & Backend::SERVING != 0 {
+        return true;
+    }
+    if !is_syn {
+        return !packet.segment.is_datagram();
+    }
+    let state = data.state();
+    if state.is_finished() {
+        return false;
+    }
+    backend.flags & Backend::ACCEPTING != 0 || (state != State::SYN_SENT && data.idle(now) <= SAFE_TICKS)
+}
+
+/// Ends the flow whose slot a packet found but does not belong to.
+#[inline(always)]
+fn leave<T: Tables>(tables: T, fingerprint: Fingerprint, found: Found<'_>, now: Ticks) {
+    let flow = tables.record(found.place).and_then(|record| record.read(fingerprint));
+    if table::release(found.slot, found.data)
+        && let Some(flow) = flow
+    {
+        tables.remove(flow.twin, now);
+        if !found.data.state().is_finished() {
+            tables.count(Counter::FlowsMoved);
+        }
+    }
+}
+
+/// Looks after the other direction of a flow that a packet changed: its state and time, or its whole slot where that was lost.
+#[inline(always)]
+pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup, translation: &Translation<A>) {
+    let Lookup { fingerprint, now, .. } = *lookup;
+    let Some(found) = table::find(&tables, fingerprint, now) else { return };
+    let data = found.data;
+    let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
+    if tables.follow(twin, data.state(), now) || data.state().is_finished() {
+        return;
+    }
+    let Some(flow) = tables.record(found.place).and_then(|record| record.read(fingerprint)) else { return };
+    let (direction, id) = match data.direction() {
+        Direction::Forward => (Direction::Reply, flow.frontend),
+        Direction::Reply => (Direction::Forward, flow.backend),
+    };
+    let flow = Flow { twin: fingerprint, ..flow };
+    if tables.insert(New { fingerprint: twin, data: Data::new(direction, data.state(), id), flow, now }).is_new() {
+        tables.count(Counter::FlowsRepaired);
+    }
+}
+
+/// The service of a packet the flow table says nothing of, and the member its flow is offered to first. One word: what a subprogram returns.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Selection(pub u64);
+
+impl Selection {
+    /// Not to a service.
+    pub const NONE: Self = Self(u64::MAX);
+    /// To a service of which no backend takes flows.
+    pub const NOBODY: Self = Self(u64::MAX - 1);
+    /// The flow is this member's already, as the other direction's slot says.
+    const KNOWN: u64 = 1 << 31;
+
+    #[inline(always)]
+    const fn new(config: u32, member: u32, is_known: bool) -> Self {
+        Self((config as u64) << 32 | member as u64 | if is_known { Self::KNOWN } else { 0 })
+    }
+
+    #[inline(always)]
+    const fn config(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    const fn member(self) -> u32 {
+        (self.0 & (Self::KNOWN - 1)) as u32
+    }
+
+    #[inline(always)]
+    const fn is_known(self) -> bool {
+        self.0 & Self::KNOWN != 0
+    }
+}
+
+/// Finds the service of a packet that the flow table says nothing of, and who is to serve it.
+#[inline(always)]
+pub fn select<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup) -> Selection {
+    let tuple = &packet.tuple;
+    if !lookup.candidate.to_frontend || !lookup.scope.has(Direction::Forward) {
+        return Selection::NONE;
+    }
+    let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
+    let Some(reference) = tables.config_ref(&key) else { return Selection::NONE };
+    let Some(config) = tables.config(reference.index()) else { return Selection::NONE };
+    // A hash element is reused at once, so what it said may be another service's by now.
+    if config.generation != reference.generation() || config.key != key {
+        return Selection::NONE;
+    }
+    if config.ring_len == 0 {
+        return Selection::NOBODY;
+    }
+    let slot = match config.algorithm {
+        algorithm::RANDOM => select::slot(tables.random(), config.ring_len),
+        algorithm::ROUND_ROBIN => select::turn(tables.turn(config.service), config.ring_len),
+        _ => select::slot(select::hash(tuple), config.ring_len),
+    };
+    let Some(chosen) = tables.ring(config.ring.wrapping_add(slot)) else { return Selection::NOBODY };
+    let chosen = chosen as u32;
+    // In mid-connection: the table lost this direction, but perhaps not the other.
+    if !packet.segment.is_datagram() && !packet.segment.is_syn() {
+        for n in 0..SEARCHED {
+            let member = chosen + n;
+            let Some(backend) = member_id(tables, config, member).and_then(|id| tables.backend(id)) else { break };
+            let twin = Translation::<A>::to_backend(backend, false).twin(tuple);
+            let data = tables.probe(tables.hash_key().fingerprint(&twin), lookup.now);
+            if data != Data::NONE && data.direction() == Direction::Reply && data.id() == config.frontend {
+                return Selection::new(reference.index(), member, true);
+            }
+        }
+    }
+    Selection::new(reference.index(), chosen, false)
+}
+
+/// The id of a service's member; they are counted round and round.
+#[inline(always)]
+fn member_id(tables: impl Tables, config: &Config, member: u32) -> Option<u32> {
+    let members = NonZeroU32::new(config.members_len)?;
+    tables.member(config.members.wrapping_add(member % members))
+}
+
+/// Makes the flow of a packet to a service: offers it to a backend, and to the next ones if that cannot be.
+///
+/// `admits` is asked whether a backend can be reached from where the packet came in. `translation` is filled in for
+/// [`Verdict::Translate`].
+#[inline(always)]
+pub fn place<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    selection: Selection,
+    admits: impl Fn(A) -> bool,
+    translation: &mut Translation<A>,
+) -> Verdict {
+    let config = if selection == Selection::NOBODY { None } else { tables.config(selection.config()) };
+    let Some(config) = config else {
+        tables.count(Counter::NoBackend);
+        return Verdict::Drop;
+    };
+    let mut refusal = Counter::Hairpin;
+    for n in 0..OFFERS {
+        let Some(id) = member_id(tables, config, selection.member() + n) else { break };
+        let Some(backend) = tables.backend(id) else { break };
+        // Those that drain are members still.
+        if backend.flags & Backend::ACCEPTING == 0 && !(n == 0 && selection.is_known()) {
+            continue;
+        }
+        match offer(tables, packet, config, id, backend, lookup, &admits, translation) {
+            Offer::Taken => return Verdict::Translate,
+            Offer::NotHere => return Verdict::Pass,
+            Offer::Full => return Verdict::Drop,
+            Offer::Hairpin => {}
+            Offer::Conflict => refusal = Counter::FlowConflict,
+        }
+    }
+    tables.count(refusal);
+    Verdict::Drop
+}
+
+/// What came of offering a flow to a backend.
+enum Offer {
+    Taken,
+    /// Its replies would not come back through this node.
+    NotHere,
+    /// There is no room for the flow.
+    Full,
+    /// The client is the backend: without translating its address, the answer would never come back.
+    Hairpin,
+    /// The backend's replies to this client port belong to another frontend's flow.
+    Conflict,
+}
+
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "inlined: a part of `place`")]
+fn offer<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    config: &Config,
+    id: u32,
+    backend: &Backend,
+    lookup: &Lookup,
+    admits: impl Fn(A) -> bool,
+    translation: &mut Translation<A>,
+) -> Offer {
+    let now = lookup.now;
+    *translation = Translation::to_backend(backend, true);
+    if translation.address == packet.tuple.source {
+        return Offer::Hairpin;
+    }
+    if !admits(translation.address) {
+        tables.count(Counter::NeedsSnat);
+        return Offer::NotHere;
+    }
+
+    let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
+    let mut flow = Flow {
+        twin: lookup.fingerprint,
+        client: packet.tuple.source.to_map(),
+        client_port: packet.tuple.source_port,
+        protocol: packet.tuple.protocol,
+        frontend: config.frontend,
+        backend: id,
+    };
+    let mut state = State::first(packet.segment);
+    let reply = Data::new(Direction::Reply, state, config.frontend);
+    // The reply's slot first: it is also the claim on the client's port at this backend.
+    let inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+    let is_mine = inserted.is_new();
+    if inserted == Inserted::FULL {
+        tables.count(Counter::FlowTableFull);
+        return Offer::Full;
+    } else if inserted == Inserted::EVICTING {
+        tables.count(Counter::FlowsEvicted);
+    } else if !is_mine {
+        let data = inserted.data();
+        if data.direction() != Direction::Reply || data.id() != config.frontend {
+            return Offer::Conflict;
+        }
+        // This very flow: only its forward slot is missing, or another CPU is making it.
+        state = data.state().next(Direction::Forward, packet.segment);
+        tables.follow(twin, state, now);
+    }
+    flow.twin = twin;
+    let forward = Data::new(Direction::Forward, state, id);
+    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data: forward, flow, now });
+    if inserted == Inserted::FULL {
+        if is_mine {
+            tables.remove(twin, now);
+        }
+        tables.count(Counter::FlowTableFull);
+        return Offer::Full;
+    }
+    if inserted == Inserted::EVICTING {
+        tables.count(Counter::FlowsEvicted);
+    }
+    if !inserted.is_new() {
+        translation.is_new = false;
+        // Another CPU was faster. It may have chosen another backend.
+        let theirs = inserted.data().id();
+        if theirs != id {
+            if is_mine {
+                tables.remove(twin, now);
+            }
+            let Some(backend) = tables.backend(theirs) else { return Offer::Full };
+            *translation = Translation::to_backend(backend, false);
+        }
+    } else if is_mine {
+        tables.count(Counter::FlowsCreated);
+        tables.count_flow(config.service, id);
+    } else {
+        tables.count(Counter::FlowsRepaired);
+    }
+    Offer::Taken
+}
+
+/// A packet that may be a backend's reply whose slot was lost: looks for the other direction at every frontend the backend serves.
+#[inline(always)]
+pub fn lost_reply<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    translation: &mut Translation<A>,
+) -> Verdict {
+    if !lookup.candidate.from_backend || !lookup.scope.has(Direction::Reply) {
+        return Verdict::Pass;
+    }
+    let now = lookup.now;
+    let tuple = &packet.tuple;
+    let key = EndpointKey::new(tuple.source.to_map(), tuple.source_port, tuple.protocol);
+    let Some(owners) = tables.owners(&key) else { return Verdict::Pass };
+    for id in owners.0 {
+        if id == 0 {
+            break;
+        }
+        let Some(frontend) = tables.frontend(id) else { break };
+        *translation = Translation::to_frontend(frontend);
+        let twin = tables.hash_key().fingerprint(&translation.twin(tuple));
+        let data = tables.probe(twin, now);
+        if data == Data::NONE || data.direction() != Direction::Forward {
+            continue;
+        }
+        let Some(backend) = tables.backend(data.id()) else { break };
+        if A::from_map(backend.addr) != tuple.source || backend.port != tuple.source_port {
+            continue;
+        }
+        let state = data.state().next(Direction::Reply, packet.segment);
+        let flow = Flow {
+            twin,
+            client: tuple.destination.to_map(),
+            client_port: tuple.destination_port,
+            protocol: tuple.protocol,
+            frontend: id,
+            backend: data.id(),
+        };
+        let reply = Data::new(Direction::Reply, state, id);
+        if tables.insert(New { fingerprint: lookup.fingerprint, data: reply, flow, now }).is_new() {
+            tables.count(Counter::FlowsRepaired);
+        }
+        tables.follow(twin, state, now);
+        return Verdict::Translate;
+    }
+    Verdict::Pass
+}

@@ -1,0 +1,137 @@
+//! The Internet checksum: full sums (RFC 1071) and incremental updates (RFC 1624).
+//!
+//! One's complement sums do not depend on byte order (RFC 1071 §2(B)), so words are summed as they are loaded from the packet and the
+//! result is stored as it is.
+
+use crate::addr::Address;
+
+/// The change that a rewrite makes to a one's complement sum, as the kernel's `__wsum`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Delta(pub u32);
+
+impl Delta {
+    /// From one address to another.
+    #[inline(always)]
+    #[must_use]
+    pub fn address<A: Address>(old: A, new: A) -> Self {
+        Self(fold_32(old.complement_sum() + new.sum()))
+    }
+
+    /// From one 16-bit word to another.
+    #[inline(always)]
+    #[must_use]
+    pub const fn half(old: u16, new: u16) -> Self {
+        Self(!old as u32 + new as u32)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self(fold_32(self.0 as u64 + other.0 as u64))
+    }
+}
+
+/// Folds a sum of at most 2^31 32-bit words into 32 bits, with end-around carry.
+#[inline(always)]
+const fn fold_32(sum: u64) -> u32 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    sum as u32
+}
+
+/// Folds 32 bits into 16, with end-around carry.
+#[inline(always)]
+const fn fold_16(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    sum as u16
+}
+
+/// The checksum field for a sum of words.
+#[inline(always)]
+#[must_use]
+pub const fn finish(sum: u64) -> u16 {
+    !fold_16(fold_32(sum))
+}
+
+/// A checksum field after a change of what it covers (RFC 1624 eqn. 3: HC' = ~(~HC + ~m + m')).
+#[inline(always)]
+#[must_use]
+pub const fn update(check: u16, delta: Delta) -> u16 {
+    !fold_16(fold_32(!check as u64 + delta.0 as u64))
+}
+
+/// A UDP checksum field after a change. Zero means "none" on IPv4 and stays; a sum that comes out as zero is sent as ones (RFC 768).
+#[inline(always)]
+#[must_use]
+pub const fn update_udp(check: u16, delta: Delta) -> u16 {
+    if check == 0 {
+        return 0;
+    }
+    match update(check, delta) {
+        0 => 0xffff,
+        updated => updated,
+    }
+}
+
+/// The folded, uncomplemented sum of some bytes, added to `start`. For tests and for messages netlb writes itself.
+#[must_use]
+pub fn sum(bytes: &[u8], start: u32) -> u16 {
+    let mut sum = start as u64;
+    let mut chunks = bytes.chunks_exact(2);
+    for chunk in &mut chunks {
+        sum += u16::from_ne_bytes([chunk[0], chunk[1]]) as u64;
+    }
+    if let [last] = chunks.remainder() {
+        sum += u16::from_ne_bytes([*last, 0]) as u64;
+    }
+    fold_16(fold_32(sum))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::addr::{Ipv4Be, Ipv6Be};
+
+    proptest! {
+        #[test]
+        fn updating_for_an_ipv4_address_equals_summing_again(mut bytes in prop::collection::vec(any::<u8>(), 24..64), new: [u8; 4], at in 0_usize..10) {
+            let at = at * 2;
+            let before = !sum(&bytes, 0);
+            let old: [u8; 4] = bytes[at..at + 4].try_into().unwrap();
+            bytes[at..at + 4].copy_from_slice(&new);
+            let delta = Delta::address(Ipv4Be(u32::from_ne_bytes(old)), Ipv4Be(u32::from_ne_bytes(new)));
+            prop_assert!(same(update(before, delta), !sum(&bytes, 0)));
+        }
+
+        #[test]
+        fn updating_for_an_ipv6_address_and_a_port_equals_summing_again(mut bytes in prop::collection::vec(any::<u8>(), 40..64), new: [u8; 16], port: [u8; 2]) {
+            let before = !sum(&bytes, 0);
+            let words = |b: &[u8]| crate::addr::Addr::from_bytes(b.try_into().unwrap()).0;
+            let old = Ipv6Be(words(&bytes[..16]));
+            let old_port = u16::from_ne_bytes([bytes[20], bytes[21]]);
+            bytes[..16].copy_from_slice(&new);
+            bytes[20..22].copy_from_slice(&port);
+            let delta = Delta::address(old, Ipv6Be(words(&new))).plus(Delta::half(old_port, u16::from_ne_bytes(port)));
+            prop_assert!(same(update(before, delta), !sum(&bytes, 0)));
+        }
+
+        #[test]
+        fn a_udp_checksum_never_becomes_zero(check: u16, delta: u32) {
+            prop_assert_eq!(update_udp(check, Delta(delta)) == 0, check == 0);
+        }
+    }
+
+    /// 0 and 0xffff are the two forms of one sum.
+    fn same(a: u16, b: u16) -> bool {
+        a == b || (a == 0 && b == 0xffff) || (a == 0xffff && b == 0)
+    }
+
+    #[test]
+    fn the_example_of_rfc_1624_gives_its_result() {
+        // RFC 1624 §4: HC = 0xDD2F, m = 0x5555, m' = 0x3285 → HC' = 0x0000.
+        assert_eq!(update(0xdd2f, Delta::half(0x5555, 0x3285)), 0);
+    }
+}

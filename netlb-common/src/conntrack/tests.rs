@@ -1,0 +1,75 @@
+use super::{Direction::*, *};
+
+const STATES: [State; 8] = [
+    State::SYN_SENT,
+    State::SYN_RECEIVED,
+    State::ESTABLISHED,
+    State::FIN_FORWARD,
+    State::FIN_REPLY,
+    State::CLOSING,
+    State::RESET_FORWARD,
+    State::RESET_REPLY,
+];
+
+/// Every connection state × direction × segment. A row is a state; the columns are SYN, SYN+ACK, ACK, FIN+ACK, RST from the client, then
+/// the same from the backend. `.` is "stays".
+const TABLE: &str = "
+               | syn  synack ack  fin  rst  | syn  synack ack  fin  rst
+    SYN_SENT   | .    .      .    .    RF   | .    SR     SR   BF   RR
+    SYN_RECV   | .    ES     ES   CF   RF   | .    .      .    BF   RR
+    ESTAB      | .    .      .    CF   RF   | .    .      .    BF   RR
+    FIN_FWD    | .    .      .    .    RF   | .    .      .    CL   RR
+    FIN_REPLY  | .    .      .    CL   RF   | .    .      .    .    RR
+    CLOSING    | SS   .      .    .    .    | .    .      .    .    .
+    RESET_FWD  | SS   SR     SR   CF   .    | .    .      .    .    RR
+    RESET_REPL | SS   .      .    .    RF   | .    SR     SR   BF   .
+";
+
+#[test]
+fn every_state_and_segment_gives_the_state_of_the_table() {
+    let segments = [0x02, 0x12, 0x10, 0x11, 0x14].map(Segment::from_control);
+    let rows = TABLE.lines().filter(|line| line.contains('|')).skip(1);
+    let mut checked = 0;
+    for (state, row) in STATES.into_iter().zip(rows) {
+        let mut columns = row.split('|').skip(1);
+        for direction in [Forward, Reply] {
+            let cells = columns.next().unwrap().split_whitespace();
+            for (segment, cell) in segments.into_iter().zip(cells) {
+                let expected = match cell {
+                    "." => state,
+                    "SS" => State::SYN_SENT,
+                    "SR" => State::SYN_RECEIVED,
+                    "ES" => State::ESTABLISHED,
+                    "CF" => State::FIN_FORWARD,
+                    "BF" => State::FIN_REPLY,
+                    "CL" => State::CLOSING,
+                    "RF" => State::RESET_FORWARD,
+                    "RR" => State::RESET_REPLY,
+                    other => panic!("unknown cell {other}"),
+                };
+                let got = state.next(direction, segment);
+                assert_eq!(got.name(), expected.name(), "{} {direction:?} {segment:?}", state.name());
+                checked += 1;
+            }
+        }
+    }
+    assert_eq!(checked, 8 * 2 * 5);
+}
+
+#[test]
+fn a_clients_segments_alone_never_establish_a_connection() {
+    let mut state = State::first(Segment::from_control(0x02));
+    for control in [0x10, 0x18, 0x12, 0x11, 0x10] {
+        state = state.next(Forward, Segment::from_control(control));
+        assert_ne!(state, State::ESTABLISHED);
+    }
+}
+
+#[test]
+fn a_datagram_flow_goes_both_ways_once_the_backend_answers() {
+    let state = State::first(Segment::DATAGRAM);
+    assert_eq!(state, State::UDP_ONE_WAY);
+    assert_eq!(state.next(Forward, Segment::DATAGRAM), State::UDP_ONE_WAY);
+    assert_eq!(state.next(Reply, Segment::DATAGRAM), State::UDP_BOTH_WAYS);
+    assert_eq!(State::UDP_BOTH_WAYS.next(Forward, Segment::DATAGRAM), State::UDP_BOTH_WAYS);
+}

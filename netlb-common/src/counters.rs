@@ -1,0 +1,68 @@
+//! The counters of the packet path: what became of packets, and events of the flow table.
+//!
+//! One per-CPU array holds them; a counter's number is its index there, and its name is what people and metrics see.
+
+/// Declares the counters in order, with the text that explains each to an operator.
+macro_rules! counters {
+    ($($(#[$doc:meta])* $variant:ident $name:literal $description:literal,)+) => {
+        #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+        #[repr(u32)]
+        pub enum Counter {
+            $($(#[$doc])* $variant,)+
+        }
+
+        impl Counter {
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// As shown in `netlb status` and in metrics.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+
+            #[must_use]
+            pub const fn description(self) -> &'static str {
+                match self { $(Self::$variant => $description,)+ }
+            }
+        }
+    };
+}
+
+counters! {
+    ToPeer "to_peer" "packets handed straight into a pod's network namespace",
+    ToInterface "to_interface" "packets sent out of an interface past the kernel's forwarding",
+    ToStack "to_stack" "translated packets left to the kernel's routing",
+    FlowsCreated "flows_created" "connections balanced",
+    FlowsEvicted "flows_evicted" "connections that gave their place in the flow table to new ones",
+    FlowTableFull "flow_table_full" "new connections dropped because only live ones were in their place of the flow table",
+    FlowConflict "flow_conflict" "new connections dropped because every backend tried already has the same connection through another frontend",
+    FlowsRepaired "flows_repaired" "flow table entries rebuilt from the other direction's",
+    FlowsMoved "flows_moved" "flows moved off a backend that no longer serves",
+    NoBackend "no_backend" "new connections dropped because their service has no backend that takes any",
+    Hairpin "hairpin" "new connections dropped because the only backend is the client itself",
+    NeedsSnat "needs_snat" "packets from outside passed untouched because the reply would not return through this node",
+    TtlExpired "ttl_expired" "packets of services left to the kernel because they have no hop left",
+    TooBig "too_big" "packets answered with an ICMP error because they do not fit the way out",
+    NoRoute "no_route" "packets dropped because no route leads to their backend or client",
+    Fragment "fragment" "fragments passed untouched",
+    Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
+    RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
+}
+
+impl Counter {
+    pub const COUNT: usize = Self::ALL.len();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_indexes_and_names_differ() {
+        let mut names = std::collections::HashSet::new();
+        for (index, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, index);
+            assert!(names.insert(counter.name()), "{} is there twice", counter.name());
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! Flows: the 5-tuple of a frame, and its keyed fingerprint.
+
+use crate::{
+    addr::{Address, Ipv4Be, Ipv6Be, PortBe},
+    conntrack::Segment,
+    wire::{
+        Fields, Ignore, PacketBytes, ethernet,
+        ipv4::{self, Ipv4},
+        ipv6::{self, Ipv6},
+        tcp, udp,
+    },
+};
+
+/// One direction of a flow.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Tuple<A> {
+    pub source: A,
+    pub destination: A,
+    pub source_port: PortBe,
+    pub destination_port: PortBe,
+    /// IANA protocol number.
+    pub protocol: u8,
+}
+
+/// A TCP or UDP packet, read once: everything the data path needs of it, so that no pointer into the packet outlives a helper call.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Parsed<A> {
+    pub tuple: Tuple<A>,
+    /// Where the transport header stands, in bytes from the frame's start.
+    pub transport: usize,
+    /// The transport header's length, options included.
+    pub transport_len: usize,
+    pub ttl: u8,
+    /// The IPv4 header checksum; zero for IPv6.
+    pub ip_check: u16,
+    /// The transport checksum.
+    pub check: u16,
+    /// Whether the sender forbade fragmentation. IPv6 routers never fragment.
+    pub dont_fragment: bool,
+    pub segment: Segment,
+}
+
+/// Where the IP header stands: frames are untagged Ethernet, others pass.
+pub const NETWORK: usize = ethernet::LEN;
+
+/// An address family as packets carry it.
+pub trait Family: Address {
+    /// Where the address pair begins in the IP header.
+    const ADDRESSES: usize;
+    const HEADER_LEN: usize;
+
+    /// Reads the packet whose Ethernet type is this family's.
+    fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore>;
+}
+
+impl Family for Ipv4Be {
+    const ADDRESSES: usize = ipv4::SOURCE;
+    const HEADER_LEN: usize = ipv4::LEN;
+
+    #[inline(always)]
+    fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore> {
+        let ip = Ipv4::at(packet, NETWORK)?;
+        let transport = NETWORK + ip.header_len()?;
+        let protocol = ip.protocol();
+        if protocol != tcp::PROTOCOL && protocol != udp::PROTOCOL {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        // Later fragments carry no ports, and a first one is useless without them.
+        if ip.is_fragment() {
+            return Err(Ignore::Fragment);
+        }
+        let ends = Ends::parse(packet, protocol, transport)?;
+        Ok(Parsed {
+            tuple: ends.tuple(ip.source(), ip.destination(), protocol),
+            transport,
+            transport_len: ends.len,
+            ttl: ip.ttl(),
+            ip_check: ip.check(),
+            check: ends.check,
+            dont_fragment: ip.dont_fragment(),
+            segment: ends.segment,
+        })
+    }
+}
+
+impl Family for Ipv6Be {
+    const ADDRESSES: usize = ipv6::SOURCE;
+    const HEADER_LEN: usize = ipv6::LEN;
+
+    #[inline(always)]
+    fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore> {
+        let ip = Ipv6::at(packet, NETWORK)?;
+        let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        let (protocol, transport) = ipv6::transport(packet, ip.next_header(), NETWORK + ipv6::LEN)?;
+        let ends = Ends::parse(packet, protocol, transport)?;
+        Ok(Parsed {
+            tuple: ends.tuple(source, destination, protocol),
+            transport,
+            transport_len: ends.len,
+            ttl,
+            ip_check: 0,
+            check: ends.check,
+            dont_fragment: true,
+            segment: ends.segment,
+        })
+    }
+}
+
+/// What the transport header says.
+struct Ends {
+    ports: (PortBe, PortBe),
+    len: usize,
+    check: u16,
+    segment: Segment,
+}
+
+impl Ends {
+    #[inline(always)]
+    fn parse(packet: &(impl PacketBytes + ?Sized), protocol: u8, offset: usize) -> Result<Self, Ignore> {
+        if protocol == tcp::PROTOCOL {
+            let header = packet.window(offset, tcp::LEN)?;
+            Ok(Self {
+                ports: (PortBe(header.half(0)), PortBe(header.half(2))),
+                len: (header.byte(tcp::DATA_OFFSET) >> 4) as usize * 4,
+                check: header.half(tcp::CHECK),
+                segment: Segment::from_control(header.byte(tcp::CONTROL)),
+            })
+        } else {
+            let header = packet.window(offset, udp::LEN)?;
+            Ok(Self {
+                ports: (PortBe(header.half(0)), PortBe(header.half(2))),
+                len: udp::LEN,
+                check: header.half(udp::CHECK),
+                segment: Segment::DATAGRAM,
+            })
+        }
+    }
+
+    #[inline(always)]
+    const fn tuple<A: Address>(&self, source: A, destination: A, protocol: u8) -> Tuple<A> {
+        Tuple { source, destination, source_port: self.ports.0, destination_port: self.ports.1, protocol }
+    }
+}
+
+/// The key of the fingerprints: random, drawn when the maps are made, kept with them.
+///
+/// The multipliers are odd and secret like the seeds: with public ones, differences that cancel could be chosen without knowing the
+/// seeds, and with them the flows of one bucket.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct HashKey {
+    pub seeds: [u64; 2],
+    pub multipliers: [u64; 2],
+}
+
+impl HashKey {
+    /// No key yet.
+    pub const ZERO: Self = Self { seeds: [0; 2], multipliers: [0; 2] };
+
+    #[must_use]
+    pub const fn new(random: [u64; 4]) -> Self {
+        Self { seeds: [random[0], random[1]], multipliers: [random[2] | 1, random[3] | 1] }
+    }
+
+    /// A 64-bit hash of a 5-tuple: three 64-bit multiplications for IPv4, six for IPv6, and none of 128 bits, which BPF lacks.
+    #[inline(always)]
+    #[must_use]
+    pub fn hash<A: Address>(&self, tuple: &Tuple<A>) -> u64 {
+        let mut hash = self.seeds[0];
+        tuple.source.absorb_pair(tuple.destination, |word| {
+            hash = (hash ^ word).wrapping_mul(self.multipliers[0]);
+            hash ^= hash >> 32;
+        });
+        let ends = (tuple.source_port.0 as u64) << 32 | (tuple.destination_port.0 as u64) << 16 | tuple.protocol as u64;
+        hash = (hash ^ ends ^ self.seeds[1]).wrapping_mul(self.multipliers[1]);
+        hash ^= hash >> 29;
+        hash = hash.wrapping_mul(self.multipliers[0]);
+        hash ^ hash >> 32
+    }
+
+    /// The fingerprint of a flow's direction. IPv4 and IPv6 share the table: their inputs differ in length, hence in rounds.
+    #[inline(always)]
+    #[must_use]
+    pub fn fingerprint<A: Address>(&self, tuple: &Tuple<A>) -> Fingerprint {
+        match self.hash(tuple) {
+            0 => Fingerprint(1),
+            hash => Fingerprint(hash),
+        }
+    }
+}
+
+/// A flow's direction in 64 bits. Never 0, which marks a slot that was never used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Fingerprint(pub u64);
+
+#[cfg(test)]
+mod tests {
+    use std::{vec, vec::Vec};
+
+    use super::*;
+
+    fn ipv4_frame() -> Vec<u8> {
+        let mut frame = vec![0; 54];
+        frame[12..14].copy_from_slice(&[0x08, 0x00]);
+        frame[14] = 0x45;
+        frame[16..18].copy_from_slice(&40_u16.to_be_bytes());
+        frame[22] = 64;
+        frame[23] = 6;
+        frame[26..30].copy_from_slice(&[10, 244, 1, 2]);
+        frame[30..34].copy_from_slice(&[10, 96, 0, 10]);
+        frame[34..36].copy_from_slice(&40000_u16.to_be_bytes());
+        frame[36..38].copy_from_slice(&80_u16.to_be_bytes());
+        frame[46] = 0x50;
+        frame[47] = 0x02;
+        frame
+    }
+
+    fn ipv6_frame(extensions: &[&[u8]], first: u8) -> Vec<u8> {
+        let mut frame = vec![0; 14];
+        frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+        frame.extend([0x60, 0, 0, 0, 0, 0, first, 63]);
+        frame.extend([0xfd; 16]);
+        frame.extend([0xfe; 16]);
+        for extension in extensions {
+            frame.extend(*extension);
+        }
+        frame.extend([0x9c, 0x40, 0, 80, 0, 8, 0, 0]);
+        frame
+    }
+
+    #[test]
+    fn an_ipv4_segment_gives_its_tuple() {
+        let parsed = Ipv4Be::parse(ipv4_frame().as_slice()).unwrap();
+        assert_eq!(parsed.tuple.source.0.to_ne_bytes(), [10, 244, 1, 2]);
+        assert_eq!(parsed.tuple.destination.0.to_ne_bytes(), [10, 96, 0, 10]);
+        assert_eq!((parsed.tuple.source_port.get(), parsed.tuple.destination_port.get()), (40000, 80));
+        assert!(parsed.segment.is_syn());
+        assert_eq!(parsed.transport, 34);
+    }
+
+    #[test]
+    fn ipv4_options_move_the_transport_header() {
+        let mut frame = ipv4_frame();
+        frame[14] = 0x47;
+        frame.splice(34..34, [1; 8]);
+        let parsed = Ipv4Be::parse(frame.as_slice()).unwrap();
+        assert_eq!((parsed.transport, parsed.tuple.destination_port.get()), (42, 80));
+    }
+
+    #[test]
+    fn a_header_length_below_five_words_is_malformed() {
+        let mut frame = ipv4_frame();
+        frame[14] = 0x44;
+        assert_eq!(Ipv4Be::parse(frame.as_slice()), Err(Ignore::Malformed));
+    }
+
+    #[test]
+    fn a_frame_cut_at_any_length_is_truncated() {
+        let frame = ipv4_frame();
+        for len in 14..frame.len() {
+            assert_eq!(Ipv4Be::parse(&frame[..len]), Err(Ignore::Truncated), "cut at {len}");
+        }
+        let frame = ipv6_frame(&[&[17, 0, 0, 0, 0, 0, 0, 0]], 0);
+        for len in 14..frame.len() {
+            assert_eq!(Ipv6Be::parse(&frame[..len]), Err(Ignore::Truncated), "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn fragments_are_left_alone() {
+        for flags in [0x2000_u16, 0x0001, 0x2010] {
+            let mut frame = ipv4_frame();
+            frame[20..22].copy_from_slice(&flags.to_be_bytes());
+            assert_eq!(Ipv4Be::parse(frame.as_slice()), Err(Ignore::Fragment));
+        }
+        let fragment = [17, 0, 0, 1, 0, 0, 0, 1];
+        assert_eq!(Ipv6Be::parse(ipv6_frame(&[&fragment], 44).as_slice()), Err(Ignore::Fragment));
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_passed_over() {
+        let hop = [60, 0, 0, 0, 0, 0, 0, 0];
+        let options = [44, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let atomic = [51, 0, 0, 0, 0, 0, 0, 1];
+        let authentication = [43, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let routing = [17, 0, 0, 0, 0, 0, 0, 0];
+        let frame = ipv6_frame(&[&hop, &options, &atomic, &authentication, &routing], 0);
+        let parsed = Ipv6Be::parse(frame.as_slice()).unwrap();
+        assert_eq!(parsed.tuple.destination_port.get(), 80);
+        assert_eq!(parsed.transport, 54 + 8 + 16 + 8 + 12 + 8);
+    }
+
+    #[test]
+    fn a_packet_still_under_way_by_a_routing_header_is_left_alone() {
+        let routing = [17, 0, 0, 1, 0, 0, 0, 0];
+        assert_eq!(Ipv6Be::parse(ipv6_frame(&[&routing], 43).as_slice()), Err(Ignore::NotTcpOrUdp));
+    }
+
+    #[test]
+    fn too_many_extension_headers_are_left_alone() {
+        let options: [&[u8]; 8] = [&[60, 0, 0, 0, 0, 0, 0, 0]; 8];
+        assert_eq!(Ipv6Be::parse(ipv6_frame(&options, 60).as_slice()), Err(Ignore::NotTcpOrUdp));
+    }
+
+    #[test]
+    fn every_part_of_a_tuple_changes_the_fingerprint() {
+        let key = HashKey::new([1, 2, 3, 4]);
+        let base = Ipv4Be::parse(ipv4_frame().as_slice()).unwrap().tuple;
+        let mut seen = std::collections::HashSet::new();
+        for bit in 0..32 {
+            seen.insert(key.hash(&Tuple { source: Ipv4Be(base.source.0 ^ 1 << bit), ..base }));
+            seen.insert(key.hash(&Tuple { destination: Ipv4Be(base.destination.0 ^ 1 << bit), ..base }));
+        }
+        for bit in 0..16 {
+            seen.insert(key.hash(&Tuple { source_port: PortBe(base.source_port.0 ^ 1 << bit), ..base }));
+            seen.insert(key.hash(&Tuple { destination_port: PortBe(base.destination_port.0 ^ 1 << bit), ..base }));
+        }
+        seen.insert(key.hash(&Tuple { protocol: 17, ..base }));
+        seen.insert(key.hash(&base));
+        assert_eq!(seen.len(), 32 * 2 + 16 * 2 + 2);
+    }
+}

@@ -1,0 +1,264 @@
+//! The layout of every map.
+//!
+//! Records have no implicit padding: hash keys are compared byte by byte, and what one side writes the other reads. Arrays that both
+//! sides map into memory have elements that divide a cache line.
+
+use crate::{
+    addr::{Addr, PortBe},
+    atomic::Word,
+    conntrack::State,
+    flow::HashKey,
+};
+
+/// Key of `SERVICES` and of `OWNERS`: an address, a port and a protocol.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct EndpointKey {
+    pub addr: Addr,
+    pub port: PortBe,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// Zero: where a service is looked up by more than its address, this says by what.
+    pub scope: u8,
+    pub pad: u32,
+}
+
+impl EndpointKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(addr: Addr, port: PortBe, protocol: u8) -> Self {
+        Self { addr, port, protocol, scope: 0, pad: 0 }
+    }
+}
+
+/// Value of `SERVICES`: which record of `CONFIGS` is in force. One aligned 64-bit store switches a frontend over.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct ConfigRef(pub u64);
+
+impl ConfigRef {
+    #[must_use]
+    pub const fn new(index: u32, generation: u32) -> Self {
+        Self((generation as u64) << 32 | index as u64)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// Element of `CONFIGS`: what a frontend does with a new flow. Written once, before a [`ConfigRef`] names it; carries its own key and
+/// generation, so that a reader that was delayed notices a record that was reused.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C, align(64))]
+pub struct Config {
+    pub key: EndpointKey,
+    pub generation: u32,
+    /// Index in `SERVICE_STATS` and `CURSORS`.
+    pub service: u32,
+    /// Index in `FRONTENDS`.
+    pub frontend: u32,
+    /// First slot in `RINGS`.
+    pub ring: u32,
+    /// Slots of the ring; none if no backend takes new flows.
+    pub ring_len: u32,
+    /// First entry in `MEMBERS`.
+    pub members: u32,
+    pub members_len: u32,
+    pub algorithm: u32,
+    pub pad: [u32; 2],
+}
+
+/// How a backend is chosen, as [`Config::algorithm`] says it.
+pub mod algorithm {
+    pub const MAGLEV: u32 = 0;
+    pub const RANDOM: u32 = 1;
+    pub const ROUND_ROBIN: u32 = 2;
+}
+
+/// Element of `RINGS`: slots of rings, each a member's index within its service.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C, align(64))]
+pub struct RingLine(pub [u16; RingLine::SLOTS as usize]);
+
+impl RingLine {
+    pub const SLOTS: u32 = 32;
+}
+
+/// Element of `MEMBERS`: backend ids of services.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C, align(64))]
+pub struct MemberLine(pub [u32; MemberLine::MEMBERS as usize]);
+
+impl MemberLine {
+    pub const MEMBERS: u32 = 16;
+}
+
+/// Element of `BACKENDS`: a backend of one service. Id 0 is none.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C, align(64))]
+pub struct Backend {
+    pub addr: Addr,
+    pub port: PortBe,
+    pub protocol: u8,
+    /// See [`Backend::SERVING`] and [`Backend::ACCEPTING`].
+    pub flags: u8,
+    /// Index in `SERVICE_STATS`.
+    pub service: u32,
+    pub pad: [u64; 5],
+}
+
+impl Backend {
+    /// Keeps its flows. Without this, its datagrams go to another backend.
+    pub const SERVING: u8 = 1;
+    /// Takes new flows.
+    pub const ACCEPTING: u8 = 2;
+}
+
+/// Element of `FRONTENDS`: what replies are translated back to. Id 0 is none.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Frontend {
+    pub addr: Addr,
+    pub port: PortBe,
+    pub protocol: u8,
+    pub pad: u8,
+    /// Index in `SERVICE_STATS`.
+    pub service: u32,
+    pub pad2: u64,
+}
+
+/// Value of `OWNERS`: the frontends whose flows a backend's replies may belong to. Zero ends the list.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Owners(pub [u32; Owners::MAX]);
+
+impl Owners {
+    /// Frontends of one backend that a lost reply entry is looked for among.
+    pub const MAX: usize = 8;
+}
+
+/// Element of `SERVICE_STATS`, per CPU.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct ServiceStats {
+    pub flows: u64,
+    /// From clients.
+    pub packets_in: u64,
+    pub bytes_in: u64,
+    /// To clients.
+    pub packets_out: u64,
+    pub bytes_out: u64,
+}
+
+/// Element of `BACKEND_STATS` and of `CURSORS`.
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct Tally(pub Word);
+
+/// Value of `INTERFACES`, by interface index.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Interface {
+    /// One of [`role`].
+    pub role: u8,
+    /// See [`Interface::PEER`].
+    pub flags: u8,
+    pub pad: u16,
+    /// The bridge this is a port of, or 0.
+    pub master: u32,
+}
+
+impl Interface {
+    /// A veth (or netkit) device whose other end is in another network namespace: `bpf_redirect_peer` reaches it.
+    pub const PEER: u8 = 1;
+}
+
+/// What an interface is to netlb.
+pub mod role {
+    pub const POD: u8 = 1;
+    pub const UPLINK: u8 = 2;
+    pub const BRIDGE: u8 = 3;
+}
+
+/// The only element of `META`: what a daemon must know of pinned maps before it adopts them.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Meta {
+    pub abi_version: u32,
+    /// Buckets of the flow table, as a power of two.
+    pub flow_buckets_log2: u32,
+    /// Bits of the address filter, as a power of two.
+    pub filter_bits_log2: u32,
+    pub pad: u32,
+    pub hash_key: HashKey,
+}
+
+/// Constants of the programs, set when they are loaded; the verifier prunes what they rule out.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Settings {
+    pub hash_key: HashKey,
+    /// Buckets of the flow table, less one.
+    pub flow_mask: u32,
+    pub filter_bits_log2: u32,
+    /// Timeouts by state, in its time units.
+    pub timeouts: [u32; State::COUNT],
+    /// One of [`forwarding`].
+    pub forwarding: u32,
+    /// One of [`log_level`].
+    pub log_level: u32,
+}
+
+/// How translated packets leave.
+pub mod forwarding {
+    /// Redirected to the interface of their next hop.
+    pub const FAST: u32 = 0;
+    /// By the kernel's routing.
+    pub const STACK: u32 = 1;
+}
+
+/// What the programs log.
+pub mod log_level {
+    pub const OFF: u32 = 0;
+    pub const ERROR: u32 = 1;
+    pub const WARN: u32 = 2;
+    pub const INFO: u32 = 3;
+    pub const DEBUG: u32 = 4;
+}
+
+const _: () = {
+    assert!(size_of::<EndpointKey>() == 24);
+    assert!(size_of::<Config>() == 64);
+    assert!(size_of::<RingLine>() == 64);
+    assert!(size_of::<MemberLine>() == 64);
+    assert!(size_of::<Backend>() == 64);
+    assert!(size_of::<Frontend>() == 32);
+    assert!(size_of::<Owners>() == 32);
+    assert!(size_of::<ServiceStats>() == 40);
+    assert!(size_of::<Interface>() == 8);
+    assert!(size_of::<Meta>() == 48);
+    assert!(size_of::<Settings>() == 112);
+};
+
+/// What user space puts into maps and constants as plain bytes.
+#[cfg(feature = "user")]
+mod pod {
+    use super::*;
+
+    macro_rules! pod {
+        ($($type:ty),+) => {
+            // SAFETY: `repr(C)` without implicit padding, and every bit pattern is a value.
+            $(unsafe impl aya::Pod for $type {})+
+        };
+    }
+    pod!(EndpointKey, ConfigRef, Owners, ServiceStats, Interface, Meta, Settings);
+}

@@ -1,0 +1,620 @@
+//! The flow table: set-associative, one cache line per look-up in the common case, no collector, and a policy for who makes room.
+//!
+//! A bucket is a cache line of four slots. A flow's direction has one slot, found by its fingerprint in one of three buckets. What a
+//! packet needs stands in the slot itself; a record beside each slot, which packets of the established path do not touch, holds the whole
+//! 5-tuple.
+//!
+//! **Writing a slot.** Compare-and-swap its data to CLAIMING, write the record, swap the fingerprint, swap the data in. A reader uses data
+//! only if it is not CLAIMING and its tag is the fingerprint's. Everybody else changes data by compare-and-swap of the whole word and does
+//! nothing on failure. A writer that publishes looks at the buckets once more: of two slots with one fingerprint the lower place stays, and
+//! whoever sees both frees the other. So two CPUs that create one flow end with one.
+//!
+//! **Time.** A slot older than its state's timeout is free, for look-ups as for inserts. The field holds [`Ticks`], or four of them as a
+//! unit while the flow is established, and wraps; timeouts are at most a quarter of the wrap.
+
+use crate::{
+    addr::{Addr, PortBe},
+    atomic::Word,
+    conntrack::{Direction, Segment, State},
+    flow::Fingerprint,
+    time::Ticks,
+};
+
+/// Slots of a bucket.
+pub const SLOTS: usize = 4;
+/// Buckets a fingerprint may stand in.
+const CHOICES: u32 = 3;
+/// The most buckets there can be, as a power of two: as many bits as each choice draws from a fingerprint.
+pub const MAX_BUCKETS_LOG2: u32 = 26;
+/// Ticks after which a claimed slot was abandoned.
+const CLAIM_TICKS: u32 = 2;
+/// Units a slot's time may be ahead: CPUs read a coarse clock one after the other.
+const AHEAD: u32 = 4;
+/// Ticks for which a live flow that was heard of is safe from new ones: at least 60 s.
+pub const SAFE_TICKS: u32 = 56;
+/// Attempts at a slot before a new flow is refused: others were faster each time.
+const ATTEMPTS: u32 = 3;
+
+/// A cache line of slots.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Bucket {
+    pub slots: [Slot; SLOTS],
+}
+
+#[derive(Debug)]
+#[repr(C)]
+pub struct Slot {
+    pub fingerprint: Word,
+    pub data: Word,
+}
+
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// What a slot says of its flow, from bit 0: time 14, 16 unused, tag 6, flags 3, state 4, id 21.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Data(pub u64);
+
+impl Data {
+    const TIME_BITS: u32 = 14;
+    const TIME: u64 = (1 << Self::TIME_BITS) - 1;
+    const TAG_SHIFT: u32 = 30;
+    const TAG: u64 = 0x3f << Self::TAG_SHIFT;
+    /// Translates replies: the id is a frontend's, else a backend's.
+    const REPLY: u64 = 1 << 36;
+    const STATE_SHIFT: u32 = 39;
+    const STATE: u64 = 0xf << Self::STATE_SHIFT;
+    const ID_SHIFT: u32 = 43;
+
+    /// No flow.
+    pub const NONE: Self = Self(0);
+
+    /// A new flow's slot. The table adds tag and time.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(direction: Direction, state: State, id: u32) -> Self {
+        let reply = match direction {
+            Direction::Forward => 0,
+            Direction::Reply => Self::REPLY,
+        };
+        Self((id as u64) << Self::ID_SHIFT | (state.0 as u64) << Self::STATE_SHIFT | reply)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn id(self) -> u32 {
+        (self.0 >> Self::ID_SHIFT) as u32
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn state(self) -> State {
+        State((self.0 >> Self::STATE_SHIFT) as u8 & 0xf)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn direction(self) -> Direction {
+        if self.0 & Self::REPLY == 0 { Direction::Forward } else { Direction::Reply }
+    }
+
+    /// Ticks since a packet was noted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn idle(self, now: Ticks) -> u32 {
+        self.idle_units(now) << self.state().unit_shift()
+    }
+
+    #[inline(always)]
+    const fn idle_units(self, now: Ticks) -> u32 {
+        let now = now.0 >> self.state().unit_shift();
+        let units = now.wrapping_sub(self.0 as u32) & Self::TIME as u32;
+        if units > Self::TIME as u32 - AHEAD { 0 } else { units }
+    }
+
+    #[inline(always)]
+    const fn at(self, now: Ticks) -> Self {
+        Self(self.0 & !Self::TIME | (now.0 >> self.state().unit_shift()) as u64 & Self::TIME)
+    }
+
+    #[inline(always)]
+    const fn with_state(self, state: State) -> Self {
+        Self(self.0 & !Self::STATE | (state.0 as u64) << Self::STATE_SHIFT)
+    }
+
+    #[inline(always)]
+    const fn with_tag(self, fingerprint: Fingerprint) -> Self {
+        Self(self.0 & !Self::TAG | fingerprint.tag() << Self::TAG_SHIFT)
+    }
+
+    #[inline(always)]
+    const fn has_tag(self, fingerprint: Fingerprint) -> bool {
+        (self.0 ^ fingerprint.tag() << Self::TAG_SHIFT) & Self::TAG == 0
+    }
+
+    /// The data after one more packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn after(self, segment: Segment, now: Ticks) -> Self {
+        let state = self.state();
+        // What nearly every packet is; the rest of the table need not be looked at for it.
+        let stays = matches!(state, State::ESTABLISHED) && segment.is_plain();
+        let next = if stays { self } else { self.with_state(state.next(self.direction(), segment)) };
+        next.at(now)
+    }
+
+    /// Whom to evict first: the greatest. 0 is nobody to be evicted.
+    const fn eviction_rank(self, now: Ticks) -> u32 {
+        let idle = self.idle(now);
+        let class = match self.state() {
+            State::FREE | State::CLAIMING => return 0,
+            State::CLOSING | State::RESET_FORWARD | State::RESET_REPLY => 4,
+            State::SYN_SENT | State::SYN_RECEIVED => 3,
+            State::UDP_ONE_WAY => 2,
+            _ if idle > SAFE_TICKS => 1,
+            _ => return 0,
+        };
+        class << 20 | idle
+    }
+}
+
+impl Fingerprint {
+    /// Bits that no choice of a bucket draws from.
+    #[inline(always)]
+    const fn tag(self) -> u64 {
+        self.0 >> MAX_BUCKETS_LOG2 & 0x3f
+    }
+
+    #[inline(always)]
+    const fn bucket(self, choice: u32, mask: u32) -> u32 {
+        let bits = match choice {
+            0 => self.0,
+            1 => self.0 >> 32,
+            // 2^64 divided by the golden ratio, odd.
+            _ => self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 38,
+        };
+        bits as u32 & mask
+    }
+}
+
+/// What stands beside a slot: everything of its flow. Belongs to the slot only while its fingerprint is the slot's.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Record {
+    fingerprint: Word,
+    twin: Word,
+    client: [Word; 2],
+    /// Client port 16, protocol 8.
+    client_end: Word,
+    /// Frontend id 32, backend id 32.
+    ids: Word,
+}
+
+const _: () = assert!(size_of::<Record>() == 48);
+
+/// A flow, as its records have it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Flow {
+    /// The fingerprint of the other direction.
+    pub twin: Fingerprint,
+    pub client: Addr,
+    pub client_port: PortBe,
+    pub protocol: u8,
+    pub frontend: u32,
+    pub backend: u32,
+}
+
+impl Record {
+    #[cfg(test)]
+    pub(crate) const fn empty() -> Self {
+        const fn word() -> Word {
+            Word::new(0)
+        }
+        Self { fingerprint: word(), twin: word(), client: [word(), word()], client_end: word(), ids: word() }
+    }
+
+    #[inline(always)]
+    fn write(&self, fingerprint: Fingerprint, flow: &Flow) {
+        self.fingerprint.store(fingerprint.0);
+        self.twin.store(flow.twin.0);
+        self.client[0].store(flow.client.0[0]);
+        self.client[1].store(flow.client.0[1]);
+        self.client_end.store(flow.client_port.0 as u64 | (flow.protocol as u64) << 16);
+        self.ids.store(flow.frontend as u64 | (flow.backend as u64) << 32);
+    }
+
+    /// The flow of the slot beside which this stands, if it is still the slot's.
+    #[inline(always)]
+    pub fn read(&self, fingerprint: Fingerprint) -> Option<Flow> {
+        if self.fingerprint.load() != fingerprint.0 {
+            return None;
+        }
+        let (end, ids) = (self.client_end.load(), self.ids.load());
+        Some(Flow {
+            twin: Fingerprint(self.twin.load()),
+            client: Addr([self.client[0].load(), self.client[1].load()]),
+            client_port: PortBe(end as u16),
+            protocol: (end >> 16) as u8,
+            frontend: ids as u32,
+            backend: (ids >> 32) as u32,
+        })
+    }
+}
+
+/// Where buckets and records are: maps of the kernel, their mapping in user space, or memory of a test.
+pub trait Storage {
+    /// Buckets, less one.
+    fn mask(&self) -> u32;
+    fn bucket(&self, index: u32) -> Option<&Bucket>;
+    fn record(&self, place: Place) -> Option<&Record>;
+    /// How long a flow in this state is kept, in the state's units.
+    fn timeout(&self, state: State) -> u32;
+}
+
+/// What is done with the table beside look-ups on the way of most packets.
+///
+/// Provided for every storage. The programs override it with calls of BPF subprograms that do the same, each of which the verifier looks at
+/// once: inlined wherever they are used, the ways through them would multiply.
+pub trait Operations: Storage + Copy {
+    /// Looks at one bucket for an insert.
+    #[inline(always)]
+    fn scan(self, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
+        scan(&self, index, fingerprint, now)
+    }
+
+    /// Gives a direction of a flow a slot.
+    #[inline(always)]
+    fn insert(self, new: New) -> Inserted {
+        insert(self, &new)
+    }
+
+    /// Sees to it that a flow just published has one slot: returns the data of the other's, where that one stays, or [`Data::NONE`].
+    #[inline(always)]
+    fn settle(self, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
+        settle(&self, fingerprint, mine, my_data, now)
+    }
+
+    /// The data of a direction of a flow, or [`Data::NONE`].
+    #[inline(always)]
+    fn probe(self, fingerprint: Fingerprint, now: Ticks) -> Data {
+        find(&self, fingerprint, now).map_or(Data::NONE, |found| found.data)
+    }
+
+    /// Brings a direction of a flow to a state, as of now. Says whether it is there.
+    #[inline(always)]
+    fn follow(self, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
+        follow(&self, fingerprint, state, now)
+    }
+
+    /// Frees a direction of a flow, wherever it stands. Says whether it was there.
+    #[inline(always)]
+    fn remove(self, fingerprint: Fingerprint, now: Ticks) -> bool {
+        remove(&self, fingerprint, now)
+    }
+}
+
+/// A slot's number: bucket × 4 + slot.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Place(pub u32);
+
+impl Place {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(bucket: u32, slot: usize) -> Self {
+        Self(bucket * SLOTS as u32 + slot as u32)
+    }
+
+    #[inline(always)]
+    pub fn slot<S: Storage + ?Sized>(self, storage: &S) -> Option<&Slot> {
+        let bucket = storage.bucket(self.0 / SLOTS as u32 & storage.mask())?;
+        Some(&bucket.slots[self.0 as usize % SLOTS])
+    }
+}
+
+/// Whether a slot's flow is alive: neither free, nor being written, nor past its timeout.
+#[inline(always)]
+pub fn is_live<S: Storage + ?Sized>(storage: &S, data: Data, now: Ticks) -> bool {
+    let state = data.state();
+    state.0 > State::CLAIMING.0 && data.idle_units(now) <= storage.timeout(state)
+}
+
+/// Whether a slot can be written.
+#[inline(always)]
+fn is_free<S: Storage + ?Sized>(storage: &S, data: Data, now: Ticks) -> bool {
+    match data.state() {
+        State::FREE => true,
+        State::CLAIMING => data.idle(now) > CLAIM_TICKS,
+        state => data.idle_units(now) > storage.timeout(state),
+    }
+}
+
+/// A live slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Found<'a> {
+    pub slot: &'a Slot,
+    pub place: Place,
+    pub data: Data,
+}
+
+/// Looks a direction of a flow up.
+#[inline(always)]
+pub fn find<S: Storage + ?Sized>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
+    for choice in 0..CHOICES {
+        let index = fingerprint.bucket(choice, storage.mask());
+        let bucket = storage.bucket(index)?;
+        for (number, slot) in bucket.slots.iter().enumerate() {
+            if slot.fingerprint.load() == fingerprint.0 {
+                let data = Data(slot.data.load());
+                if data.has_tag(fingerprint) && is_live(storage, data, now) {
+                    return Some(Found { slot, place: Place::new(index, number), data });
+                }
+            }
+        }
+    }
+    None
+}
+
+/// A direction of a flow to be given a slot.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct New {
+    pub fingerprint: Fingerprint,
+    pub data: Data,
+    pub flow: Flow,
+    pub now: Ticks,
+}
+
+/// What came of an insert, as one word: what a subprogram returns.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Inserted(pub u64);
+
+impl Inserted {
+    /// Only live flows are where it could stand.
+    pub const FULL: Self = Self(0);
+    /// The flow has a slot.
+    pub const NEW: Self = Self(1);
+    /// The flow has a slot, and another was evicted for it.
+    pub const EVICTING: Self = Self(2);
+
+    /// It was there already. Data of a live slot has a state, hence is greater than the others.
+    #[inline(always)]
+    const fn existing(data: Data) -> Self {
+        Self(data.0)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_new(self) -> bool {
+        self.0 == Self::NEW.0 || self.0 == Self::EVICTING.0
+    }
+
+    /// What was there already, if it is neither full nor new.
+    #[inline(always)]
+    #[must_use]
+    pub const fn data(self) -> Data {
+        Data(self.0)
+    }
+}
+
+/// Gives a direction of a flow a slot.
+pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
+    let New { fingerprint, now, .. } = *new;
+    let data = new.data.with_tag(fingerprint).at(now);
+    for _ in 0..ATTEMPTS {
+        let (place, old) = match choose(table, fingerprint, now) {
+            Choice::Existing(data) => return Inserted::existing(data),
+            Choice::Take(place, old) => (place, old),
+            Choice::Full => return Inserted::FULL,
+            Choice::Changed => continue,
+        };
+        let (Some(slot), Some(record)) = (place.slot(&table), table.record(place)) else {
+            return Inserted::FULL;
+        };
+        let claim = Data::new(Direction::Forward, State::CLAIMING, 0).at(now);
+        if !slot.data.replace(old.0, claim.0) {
+            continue;
+        }
+        let evicted = is_live(&table, old, now);
+        if evicted && let Some(victim) = record.read(Fingerprint(slot.fingerprint.load())) {
+            table.remove(victim.twin, now);
+        }
+        record.write(fingerprint, &new.flow);
+        slot.fingerprint.swap(fingerprint.0);
+        slot.data.swap(data.0);
+        return match table.settle(fingerprint, place, data, now) {
+            Data::NONE if evicted => Inserted::EVICTING,
+            Data::NONE => Inserted::NEW,
+            data => Inserted::existing(data),
+        };
+    }
+    Inserted::FULL
+}
+
+/// What a bucket has for a new flow, as one word: what a subprogram returns.
+///
+/// Slot of interest 2 bits, kind 3, and from bit 8 how good it is: the free slots, or the rank of the one to be evicted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Scan(pub u64);
+
+impl Scan {
+    const SLOT: u64 = 3;
+    /// Nobody in this bucket can make room.
+    const FULL: Self = Self(0);
+    /// The flow stands in this slot.
+    const EXISTING: u64 = 4;
+    /// This slot may be evicted.
+    const VICTIM: u64 = 8;
+    /// This slot is free.
+    const FREE: u64 = 16;
+    const WORTH_SHIFT: u32 = 8;
+
+    #[inline(always)]
+    const fn new(kind: u64, slot: u64, worth: u32) -> Self {
+        Self((worth as u64) << Self::WORTH_SHIFT | kind | slot)
+    }
+
+    #[inline(always)]
+    const fn has(self, kind: u64) -> bool {
+        self.0 & kind != 0
+    }
+
+    #[inline(always)]
+    const fn slot(self) -> usize {
+        (self.0 & Self::SLOT) as usize
+    }
+
+    #[inline(always)]
+    const fn worth(self) -> u64 {
+        self.0 >> Self::WORTH_SHIFT
+    }
+}
+
+/// Looks at one bucket for an insert.
+#[inline(always)]
+pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
+    let Some(bucket) = storage.bucket(index) else { return Scan::FULL };
+    let mut free = 0;
+    let mut first = 0;
+    let mut victim = Scan::FULL;
+    for (number, slot) in bucket.slots.iter().enumerate() {
+        let data = Data(slot.data.load());
+        if is_free(storage, data, now) {
+            if free == 0 {
+                first = number as u64;
+            }
+            free += 1;
+            continue;
+        }
+        if slot.fingerprint.load() == fingerprint.0 && data.has_tag(fingerprint) && data.state() != State::CLAIMING {
+            return Scan::new(Scan::EXISTING, number as u64, 0);
+        }
+        let rank = data.eviction_rank(now);
+        if rank as u64 > victim.worth() {
+            victim = Scan::new(Scan::VICTIM, number as u64, rank);
+        }
+    }
+    if free > 0 { Scan::new(Scan::FREE, first, free) } else { victim }
+}
+
+/// Where a new slot goes.
+enum Choice {
+    Existing(Data),
+    /// This slot, if its data is still this.
+    Take(Place, Data),
+    Full,
+    /// What was seen has changed.
+    Changed,
+}
+
+/// The first bucket with two free slots, else the emptiest, else the slot that is worth least.
+#[inline(always)]
+fn choose<O: Operations>(table: O, fingerprint: Fingerprint, now: Ticks) -> Choice {
+    let (mut bucket, mut best) = (0, Scan::FULL);
+    for choice in 0..CHOICES {
+        let index = fingerprint.bucket(choice, table.mask());
+        let seen = table.scan(index, fingerprint, now);
+        if seen.has(Scan::EXISTING) {
+            (bucket, best) = (index, seen);
+            break;
+        }
+        let is_enough = best.has(Scan::FREE) && best.worth() >= 2;
+        let is_better = if seen.has(Scan::FREE) == best.has(Scan::FREE) {
+            seen.worth() > best.worth()
+        } else {
+            seen.has(Scan::FREE)
+        };
+        if is_better && !is_enough {
+            (bucket, best) = (index, seen);
+        }
+    }
+    if best == Scan::FULL {
+        return Choice::Full;
+    }
+    let place = Place::new(bucket, best.slot());
+    let Some(slot) = place.slot(&table) else { return Choice::Full };
+    let data = Data(slot.data.load());
+    if best.has(Scan::EXISTING) {
+        let is_there = slot.fingerprint.load() == fingerprint.0 && data.has_tag(fingerprint);
+        return if is_there && is_live(&table, data, now) { Choice::Existing(data) } else { Choice::Changed };
+    }
+    // Another CPU may have taken it; then the slot is worth what it is worth now.
+    let is_still = if best.has(Scan::FREE) { is_free(&table, data, now) } else { data.eviction_rank(now) > 0 };
+    if is_still { Choice::Take(place, data) } else { Choice::Changed }
+}
+
+/// Sees to it that a flow just published has one slot.
+#[inline(always)]
+pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
+    for choice in 0..CHOICES {
+        let index = fingerprint.bucket(choice, storage.mask());
+        let Some(bucket) = storage.bucket(index) else { break };
+        for (number, slot) in bucket.slots.iter().enumerate() {
+            let place = Place::new(index, number);
+            if place == mine || slot.fingerprint.load() != fingerprint.0 {
+                continue;
+            }
+            let data = Data(slot.data.load());
+            if !data.has_tag(fingerprint) || !is_live(storage, data, now) {
+                continue;
+            }
+            if place.0 > mine.0 {
+                release(slot, data);
+            } else {
+                if let Some(slot) = mine.slot(storage) {
+                    release(slot, my_data);
+                }
+                return data;
+            }
+        }
+    }
+    Data::NONE
+}
+
+impl<S: Storage + ?Sized> Storage for &S {
+    fn mask(&self) -> u32 {
+        S::mask(self)
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        S::bucket(self, index)
+    }
+
+    fn record(&self, place: Place) -> Option<&Record> {
+        S::record(self, place)
+    }
+
+    fn timeout(&self, state: State) -> u32 {
+        S::timeout(self, state)
+    }
+}
+
+/// Frees a slot, unless it changed since it was read. Says whether it did.
+#[inline(always)]
+pub fn release(slot: &Slot, data: Data) -> bool {
+    slot.data.replace(data.0, 0)
+}
+
+/// Frees a direction of a flow, wherever it stands. Says whether it was there.
+#[inline(always)]
+pub fn remove<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> bool {
+    find(storage, fingerprint, now).is_some_and(|found| release(found.slot, found.data))
+}
+
+/// Brings a direction of a flow to a state, as of now. Says whether it is there.
+#[inline(always)]
+pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
+    let Some(found) = find(storage, fingerprint, now) else { return false };
+    let data = found.data.with_state(state).at(now);
+    if data != found.data {
+        // Whoever changed it meanwhile knows better.
+        found.slot.data.replace(found.data.0, data.0);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,73 @@
+//! IPv4 (RFC 791).
+
+use core::mem::{offset_of, size_of};
+
+use network_types::ip::Ipv4Hdr;
+
+use super::{Fields, Ignore, PacketBytes};
+use crate::addr::Ipv4Be;
+
+/// Without options.
+pub const LEN: usize = size_of::<Ipv4Hdr>();
+pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
+pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
+pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);
+pub const DESTINATION: usize = offset_of!(Ipv4Hdr, dst_addr);
+
+const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
+/// More fragments, or an offset.
+const FRAGMENT: u16 = 0x3fff_u16.to_be();
+
+/// A header that is there in its fixed part.
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv4<W>(W);
+
+impl<W: Fields> Ipv4<W> {
+    #[inline(always)]
+    pub fn at(packet: &(impl PacketBytes<Window = W> + ?Sized), offset: usize) -> Result<Self, Ignore> {
+        packet.window(offset, LEN).map(Self)
+    }
+
+    /// The header's real length, options included.
+    #[inline(always)]
+    pub fn header_len(self) -> Result<usize, Ignore> {
+        let version_and_len = self.0.byte(0);
+        let len = (version_and_len & 0xf) as usize * 4;
+        if version_and_len >> 4 != 4 || len < LEN { Err(Ignore::Malformed) } else { Ok(len) }
+    }
+
+    #[inline(always)]
+    pub fn is_fragment(self) -> bool {
+        self.0.half(offset_of!(Ipv4Hdr, frags)) & FRAGMENT != 0
+    }
+
+    #[inline(always)]
+    pub fn dont_fragment(self) -> bool {
+        self.0.half(offset_of!(Ipv4Hdr, frags)) & DONT_FRAGMENT != 0
+    }
+
+    #[inline(always)]
+    pub fn ttl(self) -> u8 {
+        self.0.byte(TTL)
+    }
+
+    #[inline(always)]
+    pub fn protocol(self) -> u8 {
+        self.0.byte(offset_of!(Ipv4Hdr, proto))
+    }
+
+    #[inline(always)]
+    pub fn check(self) -> u16 {
+        self.0.half(CHECK)
+    }
+
+    #[inline(always)]
+    pub fn source(self) -> Ipv4Be {
+        Ipv4Be(self.0.word(SOURCE))
+    }
+
+    #[inline(always)]
+    pub fn destination(self) -> Ipv4Be {
+        Ipv4Be(self.0.word(DESTINATION))
+    }
+}

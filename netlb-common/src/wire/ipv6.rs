@@ -1,0 +1,91 @@
+//! IPv6 and the extension headers that may stand before a transport header (RFC 8200 §4).
+
+use core::mem::{offset_of, size_of};
+
+use network_types::ip::Ipv6Hdr;
+
+use super::{Fields, Ignore, PacketBytes, tcp, udp};
+use crate::addr::Ipv6Be;
+
+pub const LEN: usize = size_of::<Ipv6Hdr>();
+pub const HOP_LIMIT: usize = offset_of!(Ipv6Hdr, hop_limit);
+pub const SOURCE: usize = offset_of!(Ipv6Hdr, src_addr);
+pub const DESTINATION: usize = offset_of!(Ipv6Hdr, dst_addr);
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// More than anybody sends; the verifier wants a bound.
+const MAX_EXTENSIONS: usize = 6;
+
+/// A header that is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv6<W>(W);
+
+impl<W: Fields> Ipv6<W> {
+    #[inline(always)]
+    pub fn at(packet: &(impl PacketBytes<Window = W> + ?Sized), offset: usize) -> Result<Self, Ignore> {
+        let window = packet.window(offset, LEN)?;
+        if window.byte(0) >> 4 == 6 { Ok(Self(window)) } else { Err(Ignore::Malformed) }
+    }
+
+    #[inline(always)]
+    pub fn next_header(self) -> u8 {
+        self.0.byte(offset_of!(Ipv6Hdr, next_hdr))
+    }
+
+    #[inline(always)]
+    pub fn hop_limit(self) -> u8 {
+        self.0.byte(HOP_LIMIT)
+    }
+
+    #[inline(always)]
+    pub fn source(self) -> Ipv6Be {
+        Ipv6Be([self.0.double(SOURCE), self.0.double(SOURCE + 8)])
+    }
+
+    #[inline(always)]
+    pub fn destination(self) -> Ipv6Be {
+        Ipv6Be([self.0.double(DESTINATION), self.0.double(DESTINATION + 8)])
+    }
+}
+
+/// The protocol of the transport header and where it stands, past the extension headers.
+#[inline(always)]
+pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<(u8, usize), Ignore> {
+    let mut header = first;
+    for _ in 0..=MAX_EXTENSIONS {
+        if header == tcp::PROTOCOL || header == udp::PROTOCOL {
+            return Ok((header, offset));
+        }
+        let is_known = header == HOP_BY_HOP
+            || header == ROUTING
+            || header == DESTINATION_OPTIONS
+            || header == AUTHENTICATION
+            || header == FRAGMENT;
+        if !is_known {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        let extension = packet.window(offset, 8)?;
+        if header == FRAGMENT {
+            // Offset or the M flag; with neither this is an atomic fragment (RFC 6946), a whole datagram.
+            if extension.half(2) & 0xfff9_u16.to_be() != 0 {
+                return Err(Ignore::Fragment);
+            }
+            offset += 8;
+        } else if header == AUTHENTICATION {
+            offset += (extension.byte(1) as usize + 2) * 4;
+        } else {
+            // Segments left: the destination is a waypoint, not the end.
+            if header == ROUTING && extension.byte(3) != 0 {
+                return Err(Ignore::NotTcpOrUdp);
+            }
+            offset += (extension.byte(1) as usize + 1) * 8;
+        }
+        header = extension.byte(0);
+    }
+    Err(Ignore::NotTcpOrUdp)
+}

@@ -1,0 +1,44 @@
+//! The programs netlb attaches.
+//!
+//! What they decide is `netlb_common`'s; here are the hooks, the maps, and the kernel's ways to change a packet and send it on.
+#![no_std]
+#![no_main]
+// To keep a pointer from the optimiser's eyes; see `maps::forget`.
+#![feature(asm_experimental_arch)]
+
+mod forward;
+mod frame;
+mod maps;
+mod pipeline;
+mod rewrite;
+mod subprograms;
+mod too_big;
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+
+/// `TCX_NEXT`, and `TC_ACT_UNSPEC` for clsact: the packet goes on to the next program of the interface, or up.
+const NEXT: i32 = -1;
+const DROP: i32 = aya_ebpf::bindings::TC_ACT_SHOT;
+
+/// What comes in: requests of clients, and replies of backends where they are redirected.
+#[classifier]
+pub(crate) fn netlb_ingress(ctx: TcContext) -> i32 {
+    pipeline::ingress(&frame::Frame::new(ctx.skb.skb))
+}
+
+/// What the node sends: replies that the kernel routed.
+#[classifier]
+pub(crate) fn netlb_egress(ctx: TcContext) -> i32 {
+    pipeline::egress(&frame::Frame::new(ctx.skb.skb))
+}
+
+/// Never reached: the build refuses an object that can panic.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: see above.
+    unsafe { core::hint::unreachable_unchecked() }
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

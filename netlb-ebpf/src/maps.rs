@@ -1,0 +1,294 @@
+//! The maps, their sizes as the loader sets them, and how the pipeline reads them.
+
+use core::ptr::{self, addr_of};
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, PerCpuArray},
+    helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    macros::btf_map,
+};
+use netlb_common::{
+    addr::Ipv6Be,
+    balance::{Lookup, Tables, Translation},
+    conntrack::State,
+    counters::Counter,
+    flow::{Family, HashKey, Parsed},
+    maps::{
+        Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
+        Settings, Tally,
+    },
+    table::{Bucket, New, Place, Record, Storage},
+    time::Ticks,
+};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+static SERVICES: HashMap<EndpointKey, ConfigRef, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static CONFIGS: Array<Config, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static RINGS: Array<RingLine, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static MEMBERS: Array<MemberLine, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static BACKENDS: Array<Backend, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static FRONTENDS: Array<Frontend, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static OWNERS: HashMap<EndpointKey, Owners, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static FILTER: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static FLOWS: Array<Bucket, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static FLOW_RECORDS: Array<Record, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static SERVICE_STATS: PerCpuArray<ServiceStats, 1> = PerCpuArray::new();
+#[btf_map]
+static BACKEND_STATS: Array<Tally, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CURSORS: Array<Tally, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
+#[btf_map]
+static INTERFACES: HashMap<u32, Interface, 4096, NO_PREALLOC> = HashMap::new();
+/// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+/// Written and read by the loader only; here so that it is made and pinned with the others.
+#[btf_map]
+static META: Array<Meta, 1> = Array::new();
+
+#[repr(C)]
+struct Scratch {
+    work: [u64; 16],
+    new: New,
+}
+
+/// The packet under way: what is known of it, and what is to become of it.
+#[repr(C)]
+pub(crate) struct Work<A> {
+    pub(crate) packet: Parsed<A>,
+    pub(crate) translation: Translation<A>,
+    pub(crate) lookup: Lookup,
+}
+
+const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 16]>());
+
+/// This CPU's place for the packet under way. Whoever takes it fills it in before reading it.
+#[inline(always)]
+pub(crate) fn work<A: Family>() -> Option<*mut Work<A>> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: within the element.
+    Some(unsafe { &raw mut (*scratch).work }.cast())
+}
+
+/// The same pointer, of whose contents the compiler knows nothing any more: it reads them again where it needs them, instead of keeping
+/// them on the stack.
+#[inline(always)]
+pub(crate) fn forget<T>(mut pointer: *mut T) -> *mut T {
+    // SAFETY: copies a register onto itself. Without an instruction the line information would name one place twice, which kernels refuse.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) pointer, options(nostack)) };
+    pointer
+}
+
+/// Hands an insert to the subprogram that does it.
+#[inline(always)]
+pub(crate) fn stage(new: New) -> Option<*const New> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: this CPU's element, large enough.
+    unsafe {
+        let staged = &raw mut (*scratch).new;
+        staged.write(new);
+        Some(staged)
+    }
+}
+
+/// Set by the loader. Frozen when the programs are verified, which lets the verifier drop the branches it rules out.
+#[unsafe(no_mangle)]
+static SETTINGS: Constant = Constant(Settings {
+    hash_key: HashKey::ZERO,
+    flow_mask: 0,
+    filter_bits_log2: 15,
+    timeouts: [0; State::COUNT],
+    forwarding: 0,
+    log_level: 0,
+});
+
+#[repr(transparent)]
+struct Constant(Settings);
+
+/// Reads a constant as the loader set it, not as the compiler sees it.
+macro_rules! setting {
+    ($($field:tt)+) => {
+        // SAFETY: the field is there and initialised.
+        unsafe { ptr::read_volatile(addr_of!(SETTINGS.0.$($field)+)) }
+    };
+}
+
+/// One of `netlb_common::maps::forwarding`.
+#[inline(always)]
+pub(crate) fn forwarding() -> u32 {
+    setting!(forwarding)
+}
+
+/// One of `netlb_common::maps::log_level`.
+#[inline(always)]
+pub(crate) fn log_level() -> u32 {
+    setting!(log_level)
+}
+
+/// The time, in the flow table's unit.
+#[inline(always)]
+pub(crate) fn now() -> Ticks {
+    // SAFETY: the helper only reads a clock.
+    Ticks::from_nanos(unsafe { bpf_ktime_get_coarse_ns() })
+}
+
+/// What the control loop knows of an interface.
+#[inline(always)]
+pub(crate) fn interface(index: u32) -> Option<Interface> {
+    // SAFETY: copied at once; an element that is replaced meanwhile shows an older or newer interface of this index.
+    unsafe { INTERFACES.get(index) }.copied()
+}
+
+/// Counts a packet for its service.
+#[inline(always)]
+pub(crate) fn count_packets(service: u32, is_reply: bool, packets: u64, bytes: u64) {
+    let Some(stats) = SERVICE_STATS.get_ptr_mut(service) else { return };
+    // SAFETY: this CPU's element; programs do not preempt each other on a CPU.
+    unsafe {
+        if is_reply {
+            (*stats).packets_out += packets;
+            (*stats).bytes_out += bytes;
+        } else {
+            (*stats).packets_in += packets;
+            (*stats).bytes_in += bytes;
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: this CPU's element.
+        unsafe { *value += 1 };
+    }
+}
+
+/// The kernel's maps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel;
+
+impl Storage for Kernel {
+    #[inline(always)]
+    fn mask(&self) -> u32 {
+        setting!(flow_mask)
+    }
+
+    #[inline(always)]
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        FLOWS.get(index)
+    }
+
+    #[inline(always)]
+    fn record(&self, place: Place) -> Option<&Record> {
+        FLOW_RECORDS.get(place.0)
+    }
+
+    #[inline(always)]
+    fn timeout(&self, state: State) -> u32 {
+        let timeouts = addr_of!(SETTINGS.0.timeouts).cast::<u32>();
+        // SAFETY: the index is below the array's length.
+        unsafe { ptr::read_volatile(timeouts.add(state.0 as usize % State::COUNT)) }
+    }
+}
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn hash_key(&self) -> HashKey {
+        HashKey {
+            seeds: [setting!(hash_key.seeds[0]), setting!(hash_key.seeds[1])],
+            multipliers: [setting!(hash_key.multipliers[0]), setting!(hash_key.multipliers[1])],
+        }
+    }
+
+    #[inline(always)]
+    fn filter_bits_log2(&self) -> u32 {
+        setting!(filter_bits_log2)
+    }
+
+    #[inline(always)]
+    fn filter_has(&self, bit: u32) -> bool {
+        FILTER.get(bit / u64::BITS).is_some_and(|word| word >> (bit % u64::BITS) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
+        // SAFETY: one aligned 64-bit load, and the record behind it is checked.
+        unsafe { SERVICES.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn config(&self, index: u32) -> Option<&Config> {
+        CONFIGS.get(index)
+    }
+
+    #[inline(always)]
+    fn ring(&self, slot: u32) -> Option<u16> {
+        let line = RINGS.get(slot / RingLine::SLOTS)?;
+        Some(line.0[(slot % RingLine::SLOTS) as usize])
+    }
+
+    #[inline(always)]
+    fn member(&self, index: u32) -> Option<u32> {
+        let line = MEMBERS.get(index / MemberLine::MEMBERS)?;
+        Some(line.0[(index % MemberLine::MEMBERS) as usize])
+    }
+
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<&Backend> {
+        BACKENDS.get(id)
+    }
+
+    #[inline(always)]
+    fn frontend(&self, id: u32) -> Option<&Frontend> {
+        FRONTENDS.get(id)
+    }
+
+    #[inline(always)]
+    fn owners(&self, key: &EndpointKey) -> Option<&Owners> {
+        // SAFETY: what it names is checked against the flow table.
+        unsafe { OWNERS.get(key) }
+    }
+
+    #[inline(always)]
+    fn turn(&self, service: u32) -> u64 {
+        CURSORS.get(service).map_or(0, |cursor| cursor.0.add(1))
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper takes nothing.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: Counter) {
+        count(counter);
+    }
+
+    #[inline(always)]
+    fn count_flow(&self, service: u32, backend: u32) {
+        if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+            // SAFETY: this CPU's element.
+            unsafe { (*stats).flows += 1 };
+        }
+        if let Some(flows) = BACKEND_STATS.get(backend) {
+            flows.0.add(1);
+        }
+    }
+}

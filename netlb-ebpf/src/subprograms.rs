@@ -1,0 +1,208 @@
+//! The parts that are BPF subprograms.
+//!
+//! Functions with external linkage, arguments of plain types and a number as result: such the verifier checks once by themselves, and
+//! knows nothing of what they return. Everything else is inlined into the programs.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_log_ebpf::debug;
+use netlb_common::{
+    addr::{Ipv4Be, Ipv6Be},
+    balance::{self, Selection, Verdict},
+    conntrack::State,
+    flow::{Fingerprint, Parsed},
+    table::{self, Data, Inserted, New, Operations, Place, Scan},
+    time::Ticks,
+};
+
+use crate::{
+    DROP,
+    frame::Frame,
+    maps::{self, Kernel, Work},
+    pipeline,
+};
+
+macro_rules! subprogram {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) -> $result:ty $body:block)+) => {$(
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        extern "C" fn $name($($arg: $type),*) -> $result $body
+    )+};
+}
+
+subprogram! {
+    fn flow_scan(index: u32, fingerprint: u64, now: u32) -> u64 {
+        table::scan(&Kernel, index, Fingerprint(fingerprint), Ticks(now)).0
+    }
+
+    fn flow_insert(new: *const New) -> u64 {
+        // SAFETY: null or readable; the verifier sees to it.
+        unsafe { new.as_ref() }.map_or(Inserted::FULL, |new| table::insert(Kernel, new)).0
+    }
+
+    fn flow_settle(fingerprint: u64, mine: u32, my_data: u64, now: u32) -> u64 {
+        table::settle(&Kernel, Fingerprint(fingerprint), Place(mine), Data(my_data), Ticks(now)).0
+    }
+
+    fn flow_probe(fingerprint: u64, now: u32) -> u64 {
+        table::find(&Kernel, Fingerprint(fingerprint), Ticks(now)).map_or(Data::NONE, |found| found.data).0
+    }
+
+    fn flow_follow(fingerprint: u64, state: u32, now: u32) -> u32 {
+        table::follow(&Kernel, Fingerprint(fingerprint), State(state as u8), Ticks(now)) as u32
+    }
+
+    fn flow_remove(fingerprint: u64, now: u32) -> u32 {
+        table::remove(&Kernel, Fingerprint(fingerprint), Ticks(now)) as u32
+    }
+}
+
+subprogram! {
+    fn log_new_flow(skb: *mut __sk_buff, service: u32) -> u32 {
+        let frame = Frame::new(skb);
+        debug!(frame.context(), "new flow of service {} on interface {}", service, frame.interface());
+        0
+    }
+}
+
+/// Logs that a flow began.
+#[inline(always)]
+pub(crate) fn log_flow(frame: &Frame, service: u32) {
+    log_new_flow(frame.skb(), service);
+}
+
+/// The parts of the pipeline that are subprograms, for each family.
+pub(crate) trait Parts: Sized {
+    fn select(work: &Work<Self>) -> Selection;
+    fn place(frame: &Frame, work: &mut Work<Self>, selection: Selection) -> Verdict;
+    fn returns_here(frame: &Frame, packet: &Parsed<Self>, backend: Self) -> bool;
+    fn lost_reply(work: &mut Work<Self>) -> Verdict;
+    fn tend(work: &Work<Self>);
+    /// Rewrites the packet and sends it on.
+    fn dispatch(frame: &Frame, work: &Work<Self>) -> i32;
+    /// Rewrites a packet that the kernel sends.
+    fn restore(frame: &Frame, work: &Work<Self>) -> i32;
+}
+
+macro_rules! parts {
+    ($family:ty, $select:ident, $place:ident, $returns_here:ident, $lost_reply:ident, $tend:ident, $dispatch:ident, $restore:ident) => {
+        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
+        subprogram! {
+            fn $select(work: *const Work<$family>) -> u64 {
+                unsafe { work.as_ref() }.map_or(Selection::NONE, |work| balance::select(Kernel, &work.packet, &work.lookup)).0
+            }
+
+            fn $place(skb: *mut __sk_buff, work: *mut Work<$family>, selection: u64) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                pipeline::place(&Frame::new(skb), work, Selection(selection)) as u32
+            }
+
+            fn $returns_here(skb: *mut __sk_buff, packet: *const Parsed<$family>, backend: *const $family) -> u32 {
+                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, unsafe { backend.as_ref() }) else { return 0 };
+                pipeline::returns_here(&Frame::new(skb), packet, *backend) as u32
+            }
+
+            fn $lost_reply(work: *mut Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                balance::lost_reply(Kernel, &work.packet, &work.lookup, &mut work.translation) as u32
+            }
+
+            fn $tend(work: *const Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_ref() }) else { return 0 };
+                balance::tend(Kernel, &work.packet, &work.lookup, &work.translation);
+                0
+            }
+
+            fn $restore(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
+                unsafe { work.as_ref() }.map_or(DROP, |work| pipeline::restore(&Frame::new(skb), work))
+            }
+
+            fn $dispatch(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
+                unsafe { work.as_ref() }.map_or(DROP, |work| pipeline::dispatch(&Frame::new(skb), work))
+            }
+        }
+
+        impl Parts for $family {
+            #[inline(always)]
+            fn select(work: &Work<Self>) -> Selection {
+                Selection($select(work))
+            }
+
+            #[inline(always)]
+            fn place(frame: &Frame, work: &mut Work<Self>, selection: Selection) -> Verdict {
+                verdict($place(frame.skb(), work, selection.0))
+            }
+
+            #[inline(always)]
+            fn returns_here(frame: &Frame, packet: &Parsed<Self>, backend: Self) -> bool {
+                $returns_here(frame.skb(), packet, &backend) != 0
+            }
+
+            #[inline(always)]
+            fn lost_reply(work: &mut Work<Self>) -> Verdict {
+                verdict($lost_reply(work))
+            }
+
+            #[inline(always)]
+            fn tend(work: &Work<Self>) {
+                $tend(work);
+            }
+
+            #[inline(always)]
+            fn restore(frame: &Frame, work: &Work<Self>) -> i32 {
+                $restore(frame.skb(), work)
+            }
+
+            #[inline(always)]
+            fn dispatch(frame: &Frame, work: &Work<Self>) -> i32 {
+                $dispatch(frame.skb(), work)
+            }
+        }
+    };
+}
+
+parts!(Ipv4Be, select_v4, place_v4, returns_here_v4, lost_reply_v4, tend_v4, dispatch_v4, restore_v4);
+parts!(Ipv6Be, select_v6, place_v6, returns_here_v6, lost_reply_v6, tend_v6, dispatch_v6, restore_v6);
+
+/// A verdict from the number a subprogram returned.
+#[inline(always)]
+const fn verdict(number: u32) -> Verdict {
+    const PASS: u32 = Verdict::Pass as u32;
+    const TRANSLATE: u32 = Verdict::Translate as u32;
+    match number {
+        PASS => Verdict::Pass,
+        TRANSLATE => Verdict::Translate,
+        _ => Verdict::Drop,
+    }
+}
+
+impl Operations for Kernel {
+    #[inline(always)]
+    fn scan(self, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
+        Scan(flow_scan(index, fingerprint.0, now.0))
+    }
+
+    #[inline(always)]
+    fn insert(self, new: New) -> Inserted {
+        maps::stage(new).map_or(Inserted::FULL, |new| Inserted(flow_insert(new)))
+    }
+
+    #[inline(always)]
+    fn settle(self, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
+        Data(flow_settle(fingerprint.0, mine.0, my_data.0, now.0))
+    }
+
+    #[inline(always)]
+    fn probe(self, fingerprint: Fingerprint, now: Ticks) -> Data {
+        Data(flow_probe(fingerprint.0, now.0))
+    }
+
+    #[inline(always)]
+    fn follow(self, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
+        flow_follow(fingerprint.0, state.0 as u32, now.0) != 0
+    }
+
+    #[inline(always)]
+    fn remove(self, fingerprint: Fingerprint, now: Ticks) -> bool {
+        flow_remove(fingerprint.0, now.0) != 0
+    }
+}

@@ -1,0 +1,138 @@
+//! `/v1/services/{service}/backends`.
+
+use axum::{Json, extract::State, http::StatusCode};
+
+use super::{
+    error::ApiError,
+    extract::{BackendRef, Body, ServiceRef},
+};
+use crate::{
+    control::Control,
+    desired::{BackendPatch, Change, ChangeError},
+    model::Backend,
+    spec::BackendSpec,
+    view::{BackendView, ErrorView, List},
+};
+
+/// List a service's backends
+#[utoipa::path(get, path = "/v1/services/{service}/backends", tag = "backends",
+    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    responses(
+        (status = 200, description = "Backends, those included that were removed and still have flows", body = List<BackendView>),
+        (status = 404, description = "No such service", body = ErrorView),
+    ))]
+pub(super) async fn list(
+    State(control): State<Control>,
+    ServiceRef(reference): ServiceRef,
+) -> Result<Json<List<BackendView>>, ApiError> {
+    Ok(Json(List::new(control.service(&reference).await?.backends)))
+}
+
+/// Add a backend
+#[utoipa::path(post, path = "/v1/services/{service}/backends", tag = "backends", request_body = BackendSpec,
+    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    responses(
+        (status = 201, description = "Programmed and on disk", body = BackendView),
+        (status = 400, description = "Not JSON", body = ErrorView),
+        (status = 404, description = "No such service", body = ErrorView),
+        (status = 409, description = "The service has this backend, or another source owns the service", body = ErrorView),
+        (status = 422, description = "Not a backend of this service", body = ErrorView),
+        (status = 503, description = "Could not be programmed or stored", body = ErrorView),
+    ))]
+pub(super) async fn add(
+    State(control): State<Control>,
+    ServiceRef(reference): ServiceRef,
+    Body(spec): Body<BackendSpec>,
+) -> Result<(StatusCode, Json<BackendView>), ApiError> {
+    let backend = Backend::from(spec);
+    control.change(Change::AddBackend { reference: reference.clone(), backend }).await?;
+    let view = find(&control, BackendRef { reference, address: backend.address }).await?;
+    Ok((StatusCode::CREATED, Json(view)))
+}
+
+/// Show a backend
+#[utoipa::path(get, path = "/v1/services/{service}/backends/{backend}", tag = "backends",
+    params(
+        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
+    ),
+    responses(
+        (status = 200, description = "The backend", body = BackendView),
+        (status = 404, description = "No such service or backend", body = ErrorView),
+    ))]
+pub(super) async fn show(State(control): State<Control>, backend: BackendRef) -> Result<Json<BackendView>, ApiError> {
+    Ok(Json(find(&control, backend).await?))
+}
+
+/// Add a backend or replace its weight and state
+#[utoipa::path(put, path = "/v1/services/{service}/backends/{backend}", tag = "backends", request_body = BackendPatch,
+    params(
+        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
+    ),
+    responses(
+        (status = 200, description = "The backend; what was not given has its default", body = BackendView),
+        (status = 400, description = "Not JSON", body = ErrorView),
+        (status = 404, description = "No such service", body = ErrorView),
+        (status = 409, description = "Another source owns the service", body = ErrorView),
+        (status = 422, description = "Not a backend of this service", body = ErrorView),
+        (status = 503, description = "Could not be programmed or stored", body = ErrorView),
+    ))]
+pub(super) async fn put(
+    State(control): State<Control>,
+    BackendRef { reference, address }: BackendRef,
+    Body(BackendPatch { weight, state }): Body<BackendPatch>,
+) -> Result<Json<BackendView>, ApiError> {
+    let backend = Backend { address, weight: weight.unwrap_or_default(), state: state.unwrap_or_default() };
+    control.change(Change::PutBackend { reference: reference.clone(), backend }).await?;
+    Ok(Json(find(&control, BackendRef { reference, address }).await?))
+}
+
+/// Change a backend's weight or state
+#[utoipa::path(patch, path = "/v1/services/{service}/backends/{backend}", tag = "backends", request_body = BackendPatch,
+    params(
+        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
+    ),
+    responses(
+        (status = 200, description = "Changed", body = BackendView),
+        (status = 400, description = "Not JSON", body = ErrorView),
+        (status = 404, description = "No such service or backend", body = ErrorView),
+        (status = 409, description = "Another source owns the service", body = ErrorView),
+        (status = 422, description = "Not a weight or state", body = ErrorView),
+        (status = 503, description = "Could not be programmed or stored", body = ErrorView),
+    ))]
+pub(super) async fn patch(
+    State(control): State<Control>,
+    BackendRef { reference, address }: BackendRef,
+    Body(patch): Body<BackendPatch>,
+) -> Result<Json<BackendView>, ApiError> {
+    control.change(Change::PatchBackend { reference: reference.clone(), address, patch }).await?;
+    Ok(Json(find(&control, BackendRef { reference, address }).await?))
+}
+
+/// Remove a backend
+#[utoipa::path(delete, path = "/v1/services/{service}/backends/{backend}", tag = "backends",
+    params(
+        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
+    ),
+    responses(
+        (status = 204, description = "Removed; its flows go on until they end"),
+        (status = 404, description = "No such service or backend", body = ErrorView),
+        (status = 409, description = "Another source owns the service", body = ErrorView),
+        (status = 503, description = "Could not be programmed or stored", body = ErrorView),
+    ))]
+pub(super) async fn remove(
+    State(control): State<Control>,
+    BackendRef { reference, address }: BackendRef,
+) -> Result<StatusCode, ApiError> {
+    control.change(Change::RemoveBackend { reference, address }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn find(control: &Control, BackendRef { reference, address }: BackendRef) -> Result<BackendView, ApiError> {
+    let service = control.service(&reference).await?;
+    let found = service.backends.into_iter().find(|backend| backend.address == address);
+    Ok(found.ok_or(ChangeError::BackendNotFound { service: service.name, address, nearest: None })?)
+}

@@ -1,0 +1,284 @@
+//! The views as text.
+
+use std::{fmt::Write as _, time::Duration};
+
+use super::output::{Style, View, short, table};
+use crate::{
+    config::format_duration,
+    view::{ApplyResult, BackendView, FlowCount, FlowView, List, ServiceView, StatusView},
+};
+
+fn frontends(service: &ServiceView) -> String {
+    service.frontends.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn backend_row(backend: &BackendView) -> Vec<String> {
+    let weight = if backend.weight == 0 { "-".to_owned() } else { backend.weight.to_string() };
+    vec![
+        backend.address.to_string(),
+        weight,
+        backend.state.clone(),
+        backend.active_flows.to_string(),
+        short(backend.flows),
+    ]
+}
+
+fn backend_table(backends: &[BackendView], style: Style) -> String {
+    table(
+        style,
+        &["BACKEND", "WEIGHT", "STATE", "ACTIVE", "FLOWS"],
+        &["WEIGHT", "ACTIVE", "FLOWS"],
+        backends.iter().map(backend_row).collect(),
+    )
+}
+
+impl View for List<ServiceView> {
+    fn text(&self, style: Style) -> String {
+        let mut headers = vec!["NAME", "FRONTENDS", "ALGORITHM", "BACKENDS", "FLOWS", "PACKETS", "BYTES", "OWNER"];
+        if style.wide {
+            headers.splice(5..7, ["TOTAL", "PACKETS-IN", "PACKETS-OUT", "BYTES-IN", "BYTES-OUT"]);
+            headers.push("PROBLEM");
+        }
+        let row = |service: &ServiceView| {
+            let mut row = vec![
+                service.name.clone(),
+                frontends(service),
+                service.algorithm.to_string(),
+                format!("{}/{}", service.active_backends(), service.configured_backends()),
+                service.active_flows.to_string(),
+            ];
+            if style.wide {
+                let counters =
+                    [service.flows, service.packets_in, service.packets_out, service.bytes_in, service.bytes_out];
+                row.extend(counters.map(short));
+            } else {
+                row.push(short(service.packets_in + service.packets_out));
+                row.push(short(service.bytes_in + service.bytes_out));
+            }
+            row.push(service.owner.to_string());
+            if style.wide {
+                row.push(service.problem.clone().unwrap_or_default());
+            }
+            row
+        };
+        let numbers =
+            ["BACKENDS", "FLOWS", "PACKETS", "BYTES", "TOTAL", "PACKETS-IN", "PACKETS-OUT", "BYTES-IN", "BYTES-OUT"];
+        table(style, &headers, &numbers, self.items.iter().map(row).collect())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.items.iter().map(|service| service.name.clone()).collect()
+    }
+}
+
+impl View for ServiceView {
+    /// Two levels: the service, and its backends below it.
+    fn text(&self, style: Style) -> String {
+        let mut text = String::new();
+        let Self { name, algorithm, owner, active_flows, flows, .. } = self;
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "{name}  {}  {algorithm}  owner {owner}  {active_flows} flows of {flows}  in {} packets {} bytes  out {} packets {} bytes",
+            frontends(self),
+            short(self.packets_in),
+            short(self.bytes_in),
+            short(self.packets_out),
+            short(self.bytes_out),
+        );
+        if let Some(problem) = &self.problem {
+            let _ = writeln!(text, "  out of sync: {problem}");
+        }
+        if self.backends.is_empty() {
+            text.push_str("  no backends");
+        }
+        for line in backend_table(&self.backends, style).lines().filter(|_| !self.backends.is_empty()) {
+            let _ = writeln!(text, "  {line}");
+        }
+        text
+    }
+
+    fn names(&self) -> Vec<String> {
+        vec![self.name.clone()]
+    }
+}
+
+impl View for List<BackendView> {
+    fn text(&self, style: Style) -> String {
+        backend_table(&self.items, style)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.items.iter().map(|backend| backend.address.to_string()).collect()
+    }
+}
+
+impl View for BackendView {
+    fn text(&self, style: Style) -> String {
+        backend_table(std::slice::from_ref(self), style)
+    }
+
+    fn names(&self) -> Vec<String> {
+        vec![self.address.to_string()]
+    }
+}
+
+impl View for List<FlowView> {
+    fn text(&self, style: Style) -> String {
+        let row = |flow: &FlowView| {
+            vec![
+                flow.service.clone(),
+                flow.client.to_string(),
+                flow.frontend.to_string(),
+                flow.backend.to_string(),
+                flow.state.clone(),
+                format_duration(Duration::from_secs(flow.idle_seconds)),
+            ]
+        };
+        let headers = ["SERVICE", "CLIENT", "FRONTEND", "BACKEND", "STATE", "IDLE"];
+        table(style, &headers, &["IDLE"], self.items.iter().map(row).collect())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.items.iter().map(|flow| format!("{} {}", flow.client, flow.frontend)).collect()
+    }
+}
+
+impl View for FlowCount {
+    fn text(&self, _: Style) -> String {
+        self.count.to_string()
+    }
+
+    fn names(&self) -> Vec<String> {
+        vec![self.count.to_string()]
+    }
+}
+
+impl View for ApplyResult {
+    fn text(&self, _: Style) -> String {
+        let mut text = String::new();
+        let dry = if self.dry_run { " (dry run)" } else { "" };
+        for (what, names) in [("created", &self.created), ("updated", &self.updated), ("removed", &self.removed)] {
+            for name in names {
+                let _ = writeln!(text, "service {name} {what}{dry}");
+            }
+        }
+        let _ = writeln!(
+            text,
+            "{} created, {} updated, {} unchanged, {} removed{dry}",
+            self.created.len(),
+            self.updated.len(),
+            self.unchanged.len(),
+            self.removed.len()
+        );
+        text
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.created.iter().chain(&self.updated).chain(&self.removed).cloned().collect()
+    }
+}
+
+impl View for StatusView {
+    fn text(&self, style: Style) -> String {
+        let mut text = String::new();
+        let mut fact = |name: &str, value: String| {
+            let _ = writeln!(text, "{name:<13} {value}");
+        };
+        let uptime = format_duration(Duration::from_secs(self.uptime_seconds));
+        fact("version", format!("{} (pid {})", self.version, self.pid));
+        fact("uptime", format!("{uptime} (since {})", self.started));
+        fact("services", self.services.to_string());
+        fact("backends", self.backends.to_string());
+        fact("forwarding", self.forwarding.clone());
+        fact("loaded in", format!("{:.3} s", self.load_seconds));
+        fact("kernel memory", format!("{}B", short(self.kernel_bytes)));
+        if let Some(map) = &self.flow_table {
+            #[expect(clippy::cast_precision_loss, reason = "one digit after the point is shown")]
+            let percent = 100.0 * map.entries as f64 / map.max_entries.max(1) as f64;
+            fact("flow table", format!("{} of {} entries ({percent:.1} %)", map.entries, map.max_entries));
+        }
+        let reload = &self.reload;
+        fact(
+            "config",
+            match &reload.message {
+                Some(message) if !reload.ok => {
+                    format!("{}: FAILED at {}, the services before it stay: {message}", reload.file, reload.time)
+                }
+                _ => format!("{}: read at {}", reload.file, reload.time),
+            },
+        );
+        section(&mut text, "INTERFACES", &interface_rows(self, style));
+        section(&mut text, "COUNTERS", &counter_rows(self, style));
+        if style.wide {
+            section(&mut text, "MAPS", &map_rows(self));
+        }
+        section(&mut text, "WARNINGS", &self.warnings.join("\n"));
+        let out_of_sync = self.out_of_sync.iter().map(|service| format!("{}: {}", service.service, service.problem));
+        section(&mut text, "OUT OF SYNC", &out_of_sync.collect::<Vec<_>>().join("\n"));
+        let conflicts = self.conflicts.iter().map(|conflict| {
+            let what = conflict.frontend.map_or_else(|| "the name".to_owned(), |frontend| frontend.to_string());
+            let (service, owner, held_by, held_by_owner) =
+                (&conflict.service, conflict.owner, &conflict.held_by, conflict.held_by_owner);
+            format!("{service} ({owner}) claims {what}, held by {held_by} ({held_by_owner})")
+        });
+        section(&mut text, "CONFLICTS", &conflicts.collect::<Vec<_>>().join("\n"));
+        text
+    }
+
+    fn names(&self) -> Vec<String> {
+        vec![self.version.clone()]
+    }
+}
+
+/// A title with lines below it; nothing where there are none.
+fn section(text: &mut String, title: &str, lines: &str) {
+    if !lines.is_empty() {
+        let _ = writeln!(text, "\n{title}");
+        for line in lines.lines() {
+            let _ = writeln!(text, "  {line}");
+        }
+    }
+}
+
+fn interface_rows(status: &StatusView, style: Style) -> String {
+    let row = |interface: &crate::view::InterfaceView| {
+        let hook = if interface.hook.is_empty() { "-" } else { &interface.hook };
+        vec![
+            interface.name.clone(),
+            interface.index.to_string(),
+            interface.role.clone(),
+            hook.to_owned(),
+            interface.problem.clone().unwrap_or_default(),
+        ]
+    };
+    let rows: Vec<_> = status.interfaces.iter().map(row).collect();
+    if rows.is_empty() {
+        String::new()
+    } else {
+        table(style, &["NAME", "INDEX", "ROLE", "HOOK", "PROBLEM"], &["INDEX"], rows)
+    }
+}
+
+fn counter_rows(status: &StatusView, style: Style) -> String {
+    let shown = status.counters.iter().filter(|counter| style.wide || counter.value > 0);
+    let rows: Vec<_> = shown
+        .map(|counter| vec![counter.name.clone(), counter.value.to_string(), counter.description.clone()])
+        .collect();
+    let style = Style { headers: false, ..style };
+    if rows.is_empty() { String::new() } else { table(style, &["NAME", "VALUE", "DESCRIPTION"], &["VALUE"], rows) }
+}
+
+fn map_rows(status: &StatusView) -> String {
+    let rows: Vec<_> = status
+        .maps
+        .iter()
+        .map(|map| vec![map.name.clone(), map.entries.to_string(), map.max_entries.to_string(), short(map.bytes)])
+        .collect();
+    let style = Style { wide: true, headers: true };
+    if rows.is_empty() {
+        String::new()
+    } else {
+        table(style, &["MAP", "ENTRIES", "SIZE", "BYTES"], &["ENTRIES", "SIZE", "BYTES"], rows)
+    }
+}

@@ -1,0 +1,350 @@
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::*;
+use crate::testing::TestDaemon;
+
+const CONFIG: &str = "[[service]]\nname = \"file\"\nfrontend = \"10.96.9.9:80/tcp\"\nbackends = [\"10.244.9.9:80\"]\n";
+
+struct Ran {
+    exit: ExitCode,
+    out: String,
+    err: String,
+}
+
+fn run_at(socket: &Path, line: &str) -> Ran {
+    let socket = socket.to_str().unwrap();
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let arguments = ["netlb"].into_iter().chain(line.split_whitespace()).chain(["--socket", socket]);
+    let exit = run(arguments, &mut out, &mut err);
+    Ran { exit, out: String::from_utf8(out).unwrap(), err: String::from_utf8(err).unwrap() }
+}
+
+fn netlb(daemon: &TestDaemon, line: &str) -> Ran {
+    run_at(&daemon.socket(), line)
+}
+
+/// What a command that has to succeed printed.
+fn ok(daemon: &TestDaemon, line: &str) -> String {
+    let Ran { exit, out, err } = netlb(daemon, line);
+    assert_eq!((exit, err.as_str()), (ExitCode::Ok, ""), "{line}");
+    out
+}
+
+#[test]
+fn the_command_line_is_well_formed() {
+    use clap::CommandFactory as _;
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn help_documents_the_exit_codes() {
+    let Ran { exit, out, .. } = run_at(Path::new("/none"), "--help");
+    assert_eq!(exit, ExitCode::Ok);
+    assert!(out.contains("  3  the daemon cannot be reached"), "{out}");
+}
+
+#[test]
+fn a_service_is_added_listed_shown_changed_and_removed() {
+    let daemon = TestDaemon::start(CONFIG);
+    let added = ok(
+        &daemon,
+        "svc add 10.96.0.1:80/tcp --name default/web --backend 10.244.0.1:8080 --backend 10.244.0.2:8080=2 --frontend 10.96.0.1:443/tcp",
+    );
+    assert_eq!(added, "service default/web created (2 backends)\n");
+    daemon.dataplane.add_flow("default/web", "192.0.2.1:5000", "10.244.0.2:8080");
+    assert_eq!(
+        ok(&daemon, "svc list"),
+        "\
+NAME         FRONTENDS                          ALGORITHM  BACKENDS  FLOWS  PACKETS  BYTES  OWNER
+default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev          2/2      1       11   1001  api
+file         10.96.9.9:80/tcp                    maglev          1/1      0        0      0  file
+"
+        .replace("FRONTENDS                          ALG", "FRONTENDS                           ALG")
+    );
+    assert_eq!(ok(&daemon, "service ls -o name"), "default/web\nfile\n");
+    assert!(!ok(&daemon, "svc list --no-headers").contains("NAME"));
+    assert!(ok(&daemon, "svc list -o wide").contains("BYTES-OUT"));
+    assert_eq!(
+        ok(&daemon, "svc show 10.96.0.1:443/tcp"),
+        "\
+default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev  owner api  1 flows of 1  in 10 packets 1000 bytes  out 1 packets 1 bytes
+  BACKEND          WEIGHT  STATE   ACTIVE  FLOWS
+  10.244.0.1:8080       1  active       0      0
+  10.244.0.2:8080       2  active       1      1
+"
+    );
+    assert_eq!(ok(&daemon, "svc set default/web --algorithm random"), "service default/web changed\n");
+    assert_eq!(ok(&daemon, "svc delete default/web"), "service default/web removed\n");
+    assert_eq!(daemon.dataplane.names(), ["file"]);
+}
+
+#[test]
+fn json_yaml_and_table_are_the_same_view() {
+    let daemon = TestDaemon::start(CONFIG);
+    let json: Value = serde_json::from_str(&ok(&daemon, "svc list -o json")).unwrap();
+    assert_eq!(json["apiVersion"], "netlb/v1");
+    assert_eq!(json["items"][0]["backends"][0]["address"], "10.244.9.9:80");
+    let yaml = ok(&daemon, "svc list -o yaml");
+    assert!(yaml.starts_with("apiVersion: netlb/v1\nitems:\n"), "{yaml}");
+    assert!(yaml.contains("name: file"), "{yaml}");
+    let created: Value = serde_json::from_str(&ok(&daemon, "svc add 10.96.0.1:80/tcp -o json")).unwrap();
+    assert_eq!(created["name"], "10.96.0.1:80/tcp");
+    assert_eq!(ok(&daemon, "svc add 10.96.0.2:80/tcp -o name"), "10.96.0.2:80/tcp\n");
+    assert_eq!(ok(&daemon, "svc add 10.96.0.3:80/tcp -q"), "");
+}
+
+#[test]
+fn backends_are_added_weighed_drained_and_removed() {
+    let daemon = TestDaemon::start("");
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web");
+    assert_eq!(
+        ok(&daemon, "backend add web 10.244.0.1:80 --weight 5"),
+        "web: backend 10.244.0.1:80 added (weight 5)\n"
+    );
+    assert_eq!(ok(&daemon, "backend set web 10.244.0.1:80 --weight 7"), "web: backend 10.244.0.1:80 has weight 7\n");
+    daemon.dataplane.add_flow("web", "192.0.2.1:5000", "10.244.0.1:80");
+    assert_eq!(ok(&daemon, "backend drain web 10.244.0.1:80"), "web: draining backend 10.244.0.1:80: 1 flows left\n");
+    assert_eq!(
+        ok(&daemon, "backend list web"),
+        "BACKEND        WEIGHT  STATE     ACTIVE  FLOWS\n10.244.0.1:80       7  draining       1      1\n"
+    );
+    assert!(ok(&daemon, "svc list").contains(" 0/1 "));
+    assert_eq!(ok(&daemon, "backend ready web 10.244.0.1:80"), "web: backend 10.244.0.1:80 takes new flows\n");
+    assert_eq!(ok(&daemon, "backend rm web 10.244.0.1:80"), "web: backend 10.244.0.1:80 removed\n");
+}
+
+#[test]
+fn drain_waits_for_the_last_flow_or_times_out_with_6() {
+    let daemon = TestDaemon::start("");
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80");
+    daemon.dataplane.add_flow("web", "192.0.2.1:5000", "10.244.0.1:80");
+    let Ran { exit, err, .. } = netlb(&daemon, "backend drain web 10.244.0.1:80 --wait=300ms");
+    assert_eq!(exit, ExitCode::TimedOut);
+    assert_eq!(
+        err,
+        "error: backend 10.244.0.1:80 still has 1 flows after 300ms\n\
+         hint: it goes on draining; `netlb backend ready web 10.244.0.1:80` takes that back\n"
+    );
+    let dataplane = daemon.dataplane.clone();
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        dataplane.lock().flows.clear();
+    });
+    let out = ok(&daemon, "backend drain web 10.244.0.1:80 --wait");
+    ends.join().unwrap();
+    assert!(out.starts_with("web: draining backend 10.244.0.1:80: 1 flows left\n"), "{out}");
+    assert!(out.contains("web: backend 10.244.0.1:80 drained after "), "{out}");
+}
+
+#[test]
+fn flows_are_listed_counted_and_flushed() {
+    let daemon = TestDaemon::start(CONFIG);
+    daemon.dataplane.add_flow("file", "192.0.2.1:5000", "10.244.9.9:80");
+    assert_eq!(
+        ok(&daemon, "flows list --service file"),
+        "\
+SERVICE  CLIENT          FRONTEND          BACKEND        STATE        IDLE
+file     192.0.2.1:5000  10.96.9.9:80/tcp  10.244.9.9:80  established    3s
+"
+    );
+    assert_eq!(ok(&daemon, "flows count"), "1\n");
+    assert_eq!(ok(&daemon, "flows flush --service 10.96.9.9:80/tcp"), "1 flows removed\n");
+    assert_eq!(ok(&daemon, "flows count -o json"), "{\n  \"count\": 0\n}\n");
+}
+
+#[test]
+fn status_tells_what_an_operator_looks_for() {
+    let daemon = TestDaemon::start(CONFIG);
+    let text = ok(&daemon, "status");
+    for line in [
+        "services      1\n",
+        "kernel memory 1.0MB\n",
+        "flow table    50 of 200 entries (25.0 %)\n",
+        "  eth1      2  uplink  -     no such device\n",
+        "  translated  7  packets: translated\n",
+        "  uplinks: `eth9` matches no interface\n",
+    ] {
+        assert!(text.contains(line), "{line:?} in\n{text}");
+    }
+    assert!(!text.contains("no_backend"), "counters at zero are for -o wide");
+    assert!(ok(&daemon, "status -o wide").contains("no_backend"));
+}
+
+#[test]
+fn a_file_is_applied_in_one_transaction() {
+    let daemon = TestDaemon::start(CONFIG);
+    let file = daemon.directory.path().join("services.toml");
+    std::fs::write(&file, "[[service]]\nname = \"a\"\nfrontend = \"10.96.0.1:80/tcp\"\n").unwrap();
+    let file = file.display();
+    assert_eq!(
+        ok(&daemon, &format!("apply -f {file} --dry-run")),
+        "service a created (dry run)\n1 created, 0 updated, 0 unchanged, 0 removed (dry run)\n"
+    );
+    assert_eq!(
+        ok(&daemon, &format!("apply -f {file}")),
+        "service a created\n1 created, 0 updated, 0 unchanged, 0 removed\n"
+    );
+    std::fs::write(file.to_string(), "[]").unwrap();
+    assert_eq!(
+        ok(&daemon, &format!("apply -f {file} --prune")),
+        "service a removed\n0 created, 0 updated, 0 unchanged, 1 removed\n"
+    );
+    std::fs::write(file.to_string(), "[[service]]\nnam = 1\n").unwrap();
+    let Ran { exit, err, .. } = netlb(&daemon, &format!("apply -f {file}"));
+    assert_eq!(exit, ExitCode::Failed);
+    assert!(err.contains("services.toml:2:1: unknown field `nam`"), "{err}");
+    assert!(err.contains("  = help: did you mean `name`?"), "{err}");
+}
+
+#[test]
+fn every_kind_of_failure_has_its_exit_code_and_hint() {
+    let daemon = TestDaemon::start(CONFIG);
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web");
+    daemon.dataplane.fill_up("full");
+    for (line, exit, message, hint) in [
+        ("svc show wbe", ExitCode::NotFound, "service wbe not found", "nearest is web; `netlb svc list` shows all"),
+        (
+            "svc rm file",
+            ExitCode::Conflict,
+            "service file is declared by the file and",
+            "change the configuration file",
+        ),
+        (
+            "svc add 10.96.9.9:80/tcp",
+            ExitCode::Conflict,
+            "frontend 10.96.9.9:80/tcp belongs to service file",
+            "change the conf",
+        ),
+        ("svc add 10.96.0.2:80/tcp --backend 10.96.0.2:80", ExitCode::Failed, "is its own frontend", ""),
+        ("svc add 10.96.0.2:80/tcp --backend [fd00::1]:80", ExitCode::Failed, "mixes address families", ""),
+        ("svc add 10.96.0.2:80/tcp --name full", ExitCode::Failed, "map BACKENDS is full (4 entries)", ""),
+        ("svc add 10.96.0.2:80", ExitCode::Usage, "has no protocol; write ADDRESS:PORT/tcp", ""),
+        ("svc add 10.96.0.2:0/tcp", ExitCode::Usage, "port 0", ""),
+        ("svc add 10.96.0.2:80/tcp --backend 10.0.0.1:80=0", ExitCode::Usage, "weight 0 is not 1 to 1000", ""),
+        ("svc add 10.96.0.2:80/tcp --backend 10.0.0.1:80=1001", ExitCode::Usage, "weight 1001 is not 1 to 1000", ""),
+        ("backend set web 10.0.0.1:80 --weight 0", ExitCode::Usage, "weight 0 is not 1 to 1000", ""),
+        ("backend set web 10.0.0.1:80 --weight 1", ExitCode::NotFound, "service web has no backend 10.0.0.1:80", ""),
+        ("svc set web", ExitCode::Usage, "required", ""),
+        ("flows count --service nobody", ExitCode::NotFound, "service nobody not found", "`netlb svc list` shows all"),
+        ("apply -f /none.toml", ExitCode::Failed, "cannot read /none.toml: No such file", ""),
+        ("nonsense", ExitCode::Usage, "unrecognized subcommand", ""),
+    ] {
+        let ran = netlb(&daemon, line);
+        assert_eq!((ran.exit, ran.out.as_str()), (exit, ""), "{line}: {}", ran.err);
+        assert!(ran.err.starts_with("error: ") && ran.err.contains(message), "{line}: {}", ran.err);
+        assert!(hint.is_empty() || ran.err.contains(&format!("\nhint: {hint}")), "{line}: {}", ran.err);
+    }
+    assert_eq!(daemon.dataplane.names(), ["file", "web"]);
+}
+
+#[test]
+fn a_file_that_is_too_large_for_one_request_is_refused() {
+    let daemon = TestDaemon::start("");
+    let file = daemon.directory.path().join("large.json");
+    let name = "x".repeat(crate::api::BODY_LIMIT);
+    std::fs::write(&file, format!(r#"[{{"name":"{name}","frontend":"10.96.0.1:80/tcp"}}]"#)).unwrap();
+    let Ran { exit, err, .. } = netlb(&daemon, &format!("apply -f {}", file.display()));
+    assert_eq!(exit, ExitCode::Failed);
+    assert_eq!(err, "error: the request body is larger than 16 MiB\nhint: send it in parts\n");
+}
+
+#[test]
+fn errors_are_json_where_output_is() {
+    let daemon = TestDaemon::start("");
+    let Ran { out, err, .. } = netlb(&daemon, "svc show web -o json");
+    assert_eq!(out, "");
+    let error: Value = serde_json::from_str(&err).unwrap();
+    assert_eq!(error["error"]["code"], "not_found");
+    assert_eq!(error["error"]["message"], "service web not found");
+}
+
+#[test]
+fn a_daemon_that_does_not_run_is_3() {
+    let Ran { exit, err, .. } = run_at(Path::new("/nowhere/netlb.sock"), "svc list");
+    assert_eq!(exit, ExitCode::Unreachable);
+    assert_eq!(
+        err,
+        "error: cannot reach netlb at /nowhere/netlb.sock: no such file\n\
+         hint: is the daemon running? `systemctl status netlb`, or set --socket\n"
+    );
+}
+
+#[test]
+fn a_closed_pipe_is_a_quiet_end() {
+    struct Closed;
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let daemon = TestDaemon::start(CONFIG);
+    for command in ["svc list", "completions bash", "--help", "svc list --watch"] {
+        let mut err = Vec::new();
+        let socket = daemon.socket();
+        let arguments = ["netlb"].into_iter().chain(command.split(' ')).chain(["--socket", socket.to_str().unwrap()]);
+        assert_eq!(run(arguments, &mut Closed, &mut err), ExitCode::Ok, "{command}");
+        assert!(err.is_empty(), "{command}");
+    }
+}
+
+#[test]
+fn completions_name_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let Ran { exit, out, .. } = run_at(Path::new("/none"), &format!("completions {shell}"));
+        assert_eq!(exit, ExitCode::Ok);
+        assert!(out.contains("drain"), "{shell}");
+    }
+}
+
+#[test]
+fn cleanup_leaves_a_running_daemon_alone_and_what_is_no_bpffs() {
+    let daemon = TestDaemon::start("");
+    let directory = daemon.directory.path().display();
+    let line = format!("cleanup --yes --bpffs {directory}/none --state-dir {directory}/state");
+    let Ran { exit, err, .. } = netlb(&daemon, &line);
+    assert_eq!(exit, ExitCode::Conflict, "{err}");
+    let files = tempfile::tempdir().unwrap();
+    std::fs::write(files.path().join("precious"), "").unwrap();
+    let line = format!("cleanup --yes --bpffs {0} --state-dir {0}", files.path().display());
+    let Ran { exit, err, .. } = run_at(&files.path().join("none"), &line);
+    assert_eq!(exit, ExitCode::Failed);
+    assert!(err.contains("is not on a BPF file system"), "{err}");
+    assert!(files.path().join("precious").exists());
+}
+
+#[test]
+fn cleanup_removes_a_stale_socket_and_keeps_the_services_unless_told() {
+    let files = tempfile::tempdir().unwrap();
+    let at = |name: &str| files.path().join(name);
+    drop(std::os::unix::net::UnixListener::bind(at("sock")).unwrap());
+    std::fs::write(at("services.json"), "{}").unwrap();
+    let line = format!("cleanup --bpffs {0}/bpf --state-dir {0}", files.path().display());
+    let out = run_at(&at("sock"), &format!("{line} --dry-run --state")).out;
+    assert_eq!(out, format!("would remove {}\nwould remove {}\n", at("sock").display(), at("services.json").display()));
+    assert!(at("sock").exists() && at("services.json").exists());
+    let ran = run_at(&at("sock"), &format!("{line} --yes"));
+    assert_eq!(ran.exit, ExitCode::Ok, "{}", ran.err);
+    assert!(!at("sock").exists() && at("services.json").exists());
+    run_at(&at("sock"), &format!("{line} --yes --state"));
+    assert!(!at("services.json").exists());
+    assert_eq!(run_at(&at("sock"), &format!("{line} --yes")).out, "nothing to remove\n");
+}
+
+#[test]
+fn a_configuration_is_checked_without_a_daemon() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("netlb.toml");
+    std::fs::write(&path, CONFIG).unwrap();
+    let line = format!("run --check --config {}", path.display());
+    assert_eq!(run_at(Path::new("/none"), &line).out, format!("{}: ok (1 services, 1 backends)\n", path.display()));
+    std::fs::write(&path, "[nod]\n").unwrap();
+    let Ran { exit, err, .. } = run_at(Path::new("/none"), &line);
+    assert_eq!(exit, ExitCode::Failed);
+    assert!(err.contains("netlb.toml:1:2: unknown field `nod`"), "{err}");
+    assert!(err.contains("did you mean `node`?"), "{err}");
+}

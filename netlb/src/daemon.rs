@@ -1,0 +1,208 @@
+//! The daemon: everything wired together, in the order it has to start.
+//!
+//! Configuration, privileges and locks come first, so that nothing is touched when it would fail later. Then the stored services are
+//! read, the data plane is loaded, and everything is programmed at once: a start never takes services away that will be back a moment
+//! later. Only then does the socket open.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use tokio::{runtime::Runtime, sync::watch, task::JoinSet};
+
+use self::{
+    lock::Locks,
+    signals::{Signals, Wanted},
+    socket::Socket,
+};
+use crate::{
+    api,
+    config::{Config, ConfigError},
+    control::{Control, Reload, Start},
+    datapath::kernel::Datapath,
+    dataplane::Dataplane,
+    desired::DesiredState,
+    store::Store,
+    watch::ConfigFile,
+};
+
+pub(crate) mod lock;
+mod logging;
+pub(crate) mod preflight;
+pub(crate) mod signals;
+pub(crate) mod socket;
+#[cfg(test)]
+mod tests;
+
+/// Where pins are kept.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/netlb";
+/// Where API services are kept.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/netlb";
+
+/// How long requests under way may take when the daemon stops.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// The daemon's command line.
+#[derive(Debug)]
+pub struct Options {
+    pub config: PathBuf,
+    /// In place of the configuration's.
+    pub socket: Option<PathBuf>,
+    pub state_dir: PathBuf,
+    pub bpffs: PathBuf,
+    /// Log at level debug, whatever the configuration says.
+    pub verbose: bool,
+}
+
+/// Runs until a signal ends it.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let (file, config) = ConfigFile::open(&options.config)?;
+    logging::start(&config.log, options.verbose);
+    preflight::check_capabilities()?;
+    preflight::check_bpffs(&options.bpffs)?;
+    let locks = Locks::take(&options.state_dir, &options.bpffs)?;
+    let socket = Socket::check(options.socket.as_ref().unwrap_or(&config.api.socket))?;
+    let (store, stored) = Store::open(&options.state_dir)?;
+    let runtime = Runtime::new().context("cannot start the runtime")?;
+    // Loading may want to watch descriptors.
+    let entered = runtime.enter();
+    let dataplane = open_dataplane(&config, &options.bpffs)?;
+    drop(entered);
+    let desired = DesiredState::new(config.services.clone(), stored);
+    let daemon = Daemon { file, config, socket, store, desired, dataplane };
+    let result = runtime.block_on(daemon.serve());
+    runtime.shutdown_timeout(GRACE);
+    drop(locks);
+    result
+}
+
+/// The one place where the kind of data plane is chosen.
+fn open_dataplane(config: &Config, bpffs: &Path) -> anyhow::Result<Box<dyn Dataplane>> {
+    Ok(Box::new(Datapath::open(config, bpffs)?))
+}
+
+/// All that a running daemon needs.
+pub(crate) struct Daemon {
+    pub(crate) file: ConfigFile,
+    pub(crate) config: Config,
+    pub(crate) socket: Socket,
+    pub(crate) store: Store,
+    pub(crate) desired: DesiredState,
+    pub(crate) dataplane: Box<dyn Dataplane>,
+}
+
+impl Daemon {
+    /// Programs everything, opens the socket, and serves until a signal comes.
+    async fn serve(self) -> anyhow::Result<()> {
+        let mut signals = Signals::new().context("cannot listen for signals")?;
+        self.serve_until(async || signals.next().await).await
+    }
+
+    pub(crate) async fn serve_until(self, mut next_signal: impl AsyncFnMut() -> Wanted) -> anyhow::Result<()> {
+        let Self { mut file, config, socket, store, desired, dataplane } = self;
+        let reload = Reload {
+            file: file.name(),
+            time: SystemTime::now(),
+            services: Ok(config.services.clone()),
+            warnings: Vec::new(),
+        };
+        let start = Start { dataplane, desired, store, reload };
+        let (control, thread) = Control::start(start).context("cannot start the control thread")?;
+        // Answered once everything is programmed.
+        let status = control.status().await?;
+
+        let listener = socket.listen()?;
+        let (stop, stopped) = watch::channel(false);
+        let mut server = tokio::spawn(api::serve(listener, control.clone(), ended(stopped)));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(tick(control.clone()));
+        let mut changes = file.watch();
+        tracing::info!(
+            services = status.services,
+            backends = status.backends,
+            socket = %socket.path().display(),
+            "ready"
+        );
+
+        loop {
+            tokio::select! {
+                signal = next_signal() => match signal {
+                    Wanted::Stop => break,
+                    Wanted::Reload => reload_file(&mut file, &config, &control, When::Always).await?,
+                },
+                () = changes.changed() => reload_file(&mut file, &config, &control, When::IfChanged).await?,
+                ended = &mut server => {
+                    ended.context("the API server ended")?.context("the API server failed")?;
+                    anyhow::bail!("the API server ended");
+                }
+            }
+        }
+
+        tracing::info!("stopping; traffic goes on with what is programmed");
+        tasks.abort_all();
+        // Nobody listens where the server has ended by itself.
+        let _ = stop.send(true);
+        if tokio::time::timeout(GRACE, server).await.is_err() {
+            tracing::warn!("some requests did not end in {GRACE:?}");
+        }
+        socket.remove();
+        control.stop().await;
+        let joined =
+            tokio::task::spawn_blocking(move || thread.join()).await.context("cannot wait for the control thread")?;
+        anyhow::ensure!(joined.is_ok(), "the control thread panicked");
+        Ok(())
+    }
+}
+
+/// When to read the file again.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum When {
+    Always,
+    IfChanged,
+}
+
+async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control, when: When) -> anyhow::Result<()> {
+    let Some(read) = (match when {
+        When::Always => Some(file.read()),
+        When::IfChanged => file.read_if_changed(),
+    }) else {
+        return Ok(());
+    };
+    let (services, warnings) = match read {
+        Ok(new) => {
+            let warnings: Vec<_> = running
+                .needs_restart(&new)
+                .into_iter()
+                .map(|section| format!("changes in {section} of {} take effect when netlb is restarted", file.name()))
+                .collect();
+            for warning in &warnings {
+                tracing::warn!("{warning}");
+            }
+            tracing::info!(services = new.services.len(), "configuration read again");
+            (Ok(new.services), warnings)
+        }
+        Err(error) => {
+            let problem = ConfigError::summary(&error);
+            tracing::error!("configuration not usable, the services before it stay: {problem}");
+            (Err(problem), Vec::new())
+        }
+    };
+    let reload = Reload { file: file.name(), time: SystemTime::now(), services, warnings };
+    Ok(control.reload(reload).await?)
+}
+
+async fn tick(control: Control) {
+    let mut seconds = tokio::time::interval(Duration::from_secs(1));
+    seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        seconds.tick().await;
+        control.tick(SystemTime::now());
+    }
+}
+
+async fn ended(mut stopped: watch::Receiver<bool>) {
+    // The other end gone is an end as well.
+    drop(stopped.wait_for(|stopped| *stopped).await);
+}

@@ -1,0 +1,90 @@
+//! The data path: the BPF programs and maps, and what fills them.
+//!
+//! [`Programmer`] turns the desired state into records, in an order that never shows a packet half a change; [`Maps`] is all it knows of
+//! the kernel. [`kernel`] is the one module that touches aya.
+
+use std::io;
+
+use netlb_common::{
+    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    table,
+};
+
+use crate::dataplane::ServiceCounters;
+
+pub use self::programmer::Programmer;
+
+pub mod kernel;
+mod programmer;
+
+/// How many records each map has room for. Index 0 of backends, frontends and services is never used: it means none.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Sizes {
+    /// Entries of `SERVICES`, which are frontends.
+    pub services: u32,
+    /// Elements of `CONFIGS`: more than frontends, since an old record stays until no packet reads it.
+    pub configs: u32,
+    pub frontends: u32,
+    pub backends: u32,
+    /// Entries of `OWNERS`.
+    pub owners: u32,
+    /// Slots of `RINGS`, 16-bit each.
+    pub ring_slots: u32,
+    /// Entries of `MEMBERS`.
+    pub members: u32,
+    pub filter_bits_log2: u32,
+}
+
+/// The maps as the control loop writes them: the kernel's, or their twin in memory.
+///
+/// Records of arrays are plain memory that the programs read at any moment. Indexes are below the [`Sizes`].
+pub trait Maps: Send {
+    fn sizes(&self) -> Sizes;
+
+    fn service(&self, key: &EndpointKey) -> Option<ConfigRef>;
+    /// Everything in `SERVICES`.
+    fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>>;
+    /// Switches a frontend over: the moment new flows see a change.
+    fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()>;
+    fn remove_service(&mut self, key: &EndpointKey) -> io::Result<()>;
+
+    fn config(&self, index: u32) -> Config;
+    /// Writes a record no packet reads yet: generation last.
+    fn set_config(&mut self, index: u32, config: &Config);
+
+    fn backend(&self, id: u32) -> Backend;
+    fn set_backend(&mut self, id: u32, backend: &Backend);
+    /// Changes the flags of a record in use.
+    fn set_backend_flags(&mut self, id: u32, flags: u8);
+
+    fn frontend(&self, id: u32) -> Frontend;
+    fn set_frontend(&mut self, id: u32, frontend: &Frontend);
+
+    /// Everything in `OWNERS`.
+    fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>>;
+    fn set_owners(&mut self, key: &EndpointKey, owners: &Owners) -> io::Result<()>;
+    fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()>;
+
+    fn ring(&self, offset: u32, len: u32) -> Vec<u16>;
+    fn write_ring(&mut self, offset: u32, slots: &[u16]);
+    fn members(&self, offset: u32, len: u32) -> Vec<u32>;
+    fn write_members(&mut self, offset: u32, ids: &[u32]);
+
+    /// Sets or clears one bit of the address filter.
+    fn set_filter_bit(&mut self, bit: u32, set: bool);
+    /// Clears the whole filter of bits that are not in this bitmap, and sets those that are.
+    fn write_filter(&mut self, words: &[u64]);
+
+    /// Sums over all CPUs.
+    fn service_stats(&self, service: u32) -> ServiceCounters;
+    fn clear_service_stats(&mut self, service: u32);
+    /// New flows a backend got.
+    fn backend_flows(&self, id: u32) -> u64;
+    fn clear_backend_flows(&mut self, id: u32);
+
+    /// The flow table, in place.
+    fn flows(&self) -> &dyn table::Storage;
+
+    /// Returns when no packet is under way that could have read what was replaced before the call.
+    fn grace(&self);
+}

@@ -1,0 +1,219 @@
+//! The data plane in the kernel: the one module that touches aya.
+//!
+//! Everything the programs need outlives the daemon by its pins. A daemon that starts loads its own programs into the maps it finds, if
+//! they are of its layout and sizes, and into new ones otherwise; it programs all services; and only then do its programs take the place
+//! of those before them, interface by interface, with no packet in between that finds none.
+
+use std::{
+    collections::HashMap,
+    fmt, fs,
+    path::Path,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Context as _;
+
+use self::{
+    counts::Counts,
+    links::Attacher,
+    load::{Memory, Options, Unfinished},
+    pins::Pins,
+};
+use super::Programmer;
+use crate::{
+    config::{Config, Forwarding, LogLevel},
+    dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats},
+    interfaces::Interfaces,
+    model::Frontend,
+};
+
+pub use self::maps::KernelMaps;
+
+mod btf;
+mod clsact;
+mod counts;
+mod layout;
+mod links;
+mod load;
+mod logs;
+mod mapping;
+mod maps;
+mod pins;
+mod syscall;
+#[doc(hidden)]
+pub mod testing;
+
+pub(crate) use self::links::detach_all;
+
+/// The data plane, loaded.
+pub struct Datapath {
+    programmer: Programmer<KernelMaps>,
+    interfaces: Interfaces,
+    counts: Counts,
+    memory: Memory,
+    forwarding: Forwarding,
+    /// Until the first apply has filled the maps.
+    start: Option<Start>,
+    load_time: Duration,
+    /// What went wrong at start and did not end it.
+    warnings: Vec<String>,
+    serves_ipv6: bool,
+}
+
+impl fmt::Debug for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Datapath").field("forwarding", &self.forwarding).finish_non_exhaustive()
+    }
+}
+
+/// What is left to do after the first apply.
+struct Start {
+    began: Instant,
+    pins: Pins,
+    /// For maps that are new.
+    unfinished: Option<Unfinished>,
+}
+
+impl Datapath {
+    /// Loads the programs and finds the interfaces. Packets do not go through them before the first apply.
+    pub fn open(config: &Config, bpffs: &Path) -> anyhow::Result<Self> {
+        let pins = Pins::new(bpffs);
+        Self::open_in(&pins, config).inspect_err(|_| {
+            // Pins would hold on to a lot of memory until the next start.
+            if let Err(error) = pins.abandon_maps() {
+                tracing::warn!("cannot remove the new maps: {error}");
+            }
+        })
+    }
+
+    fn open_in(pins: &Pins, config: &Config) -> anyhow::Result<Self> {
+        let began = Instant::now();
+        let options = Options {
+            limits: &config.limits,
+            timeouts: &config.timeouts,
+            forwarding: config.node.forwarding,
+            log: config.log.dataplane,
+        };
+        let mut loaded = load::load(&options, pins)?;
+        let programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;
+        let counts = Counts::new(&mut loaded.ebpf)?;
+        if config.log.dataplane != LogLevel::Off {
+            logs::forward(&mut loaded.ebpf).context("cannot read the log of the BPF programs")?;
+        }
+        let attacher = Attacher::new(&mut loaded.ebpf, pins.clone(), &config.node)?;
+        let interfaces = Interfaces::open(&config.node, Box::new(attacher))?;
+        Ok(Self {
+            programmer,
+            interfaces,
+            counts,
+            memory: loaded.memory,
+            forwarding: config.node.forwarding,
+            start: Some(Start { began, pins: pins.clone(), unfinished: loaded.unfinished }),
+            load_time: Duration::ZERO,
+            warnings: Vec::new(),
+            serves_ipv6: false,
+        })
+    }
+
+    /// The maps are filled: lets the next start adopt them, and packets go through the programs.
+    fn finish_start(&mut self, start: Start) {
+        let Start { began, pins, unfinished } = start;
+        let is_new = unfinished.is_some();
+        let committed = unfinished.map_or(Ok(()), |unfinished| unfinished.finish().and_then(|()| pins.commit_maps()));
+        if let Err(error) = committed {
+            self.warn(format!("the maps will not outlive this netlb: cannot put them in place: {error}"));
+        }
+        self.interfaces.attach();
+        if is_new && let Err(error) = pins.forget_previous_maps() {
+            self.warn(format!("cannot remove the maps that were replaced: {error}"));
+        }
+        self.load_time = began.elapsed();
+    }
+
+    fn warn(&mut self, warning: String) {
+        tracing::warn!("{warning}");
+        self.warnings.push(warning);
+    }
+
+    fn maps(&self, memory: &HashMap<&str, u64>) -> Vec<MapStatus> {
+        let bytes = |name: &str| memory.get(name).copied().unwrap_or(0);
+        let status = |(name, entries, max_entries): (&'static str, u64, u64)| MapStatus {
+            name: name.to_owned(),
+            entries,
+            max_entries,
+            bytes: match name {
+                // Both of its maps, by which it is counted as one.
+                "flows" => bytes("FLOWS") + bytes("FLOW_RECORDS"),
+                name => bytes(name),
+            },
+        };
+        self.programmer.map_usage().into_iter().map(status).collect()
+    }
+}
+
+impl Dataplane for Datapath {
+    fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
+        let is_v6 = |frontend: &Frontend| frontend.address.is_ipv6();
+        self.serves_ipv6 = desired.iter().any(|desired| desired.service.frontends().iter().any(is_v6));
+        let report = self.programmer.apply(desired);
+        if let Some(start) = self.start.take() {
+            self.finish_start(start);
+        }
+        report
+    }
+
+    fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
+        self.programmer.stats(services)
+    }
+
+    fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow> {
+        self.programmer.flows(filter, limit)
+    }
+
+    fn count_flows(&self, filter: &FlowFilter) -> u64 {
+        self.programmer.count_flows(filter)
+    }
+
+    fn flush_flows(&mut self, filter: &FlowFilter) -> u64 {
+        self.programmer.flush_flows(filter)
+    }
+
+    fn status(&self) -> DataplaneStatus {
+        let interfaces = self.interfaces.status();
+        let memory = self.memory.by_map();
+        let mut warnings = self.warnings.clone();
+        warnings.extend(interfaces.warnings);
+        if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
+            warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
+            if self.serves_ipv6 {
+                warnings.extend(forwarding_warning("net.ipv6.conf.all.forwarding", "IPv6"));
+            }
+        }
+        DataplaneStatus {
+            forwarding: match self.forwarding {
+                Forwarding::Fast => "fast",
+                Forwarding::Stack => "stack",
+            }
+            .to_owned(),
+            interfaces: interfaces.interfaces,
+            maps: self.maps(&memory),
+            counters: self.counts.all(),
+            warnings,
+            load_seconds: self.load_time.as_secs_f64(),
+            kernel_bytes: memory.values().sum(),
+        }
+    }
+
+    fn tick(&mut self, now: SystemTime) {
+        self.programmer.tick(now);
+    }
+}
+
+/// A warning where the kernel does not forward: without that it neither finds ways between interfaces nor routes packets.
+fn forwarding_warning(sysctl: &str, family: &str) -> Option<String> {
+    // Of the network namespace of the thread that reads it.
+    let value = fs::read_to_string(format!("/proc/sys/{}", sysctl.replace('.', "/"))).ok()?;
+    (value.trim() == "0").then(|| {
+        format!("{sysctl} is 0: {family} packets reach backends on the same bridge only; run `sysctl -w {sysctl}=1`")
+    })
+}

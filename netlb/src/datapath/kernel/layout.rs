@@ -1,0 +1,273 @@
+//! How big each map is, from the limits of the configuration, and how the programs are set.
+
+use std::time::Duration;
+
+use netlb_common::{
+    conntrack::State,
+    counters::Counter,
+    filter,
+    maps::{
+        Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
+        Settings, Tally, forwarding, log_level,
+    },
+    table::{self, Bucket, Record},
+    time::ticks_from_seconds,
+};
+
+use crate::{
+    config::{Forwarding, Limits, LogLevel, Timeouts},
+    datapath::Sizes,
+};
+
+/// Ids of frontends and backends have this many bits in a flow's data word.
+const ID_BITS: u32 = 21;
+/// Room in `COUNTERS`. More than there are, so that a new counter is no reason for new maps.
+const COUNTERS: u32 = 64;
+const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
+/// Room in `INTERFACES`.
+const INTERFACES: u32 = 8192;
+
+/// The kernel's kinds of maps that are used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Kind {
+    Hash,
+    Array,
+    /// An array that user space maps into its memory.
+    MappedArray,
+    PerCpuArray,
+}
+
+impl Kind {
+    /// `enum bpf_map_type`.
+    pub(super) const fn number(self) -> u32 {
+        match self {
+            Self::Hash => 1,
+            Self::Array | Self::MappedArray => 2,
+            Self::PerCpuArray => 6,
+        }
+    }
+
+    pub(super) const fn flags(self) -> u32 {
+        match self {
+            // `BPF_F_NO_PREALLOC`.
+            Self::Hash => 1,
+            // `BPF_F_MMAPABLE`.
+            Self::MappedArray => 1 << 10,
+            Self::Array | Self::PerCpuArray => 0,
+        }
+    }
+}
+
+/// What a map has to be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Spec {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    pub(super) key_size: u32,
+    pub(super) value_size: u32,
+    pub(super) max_entries: u32,
+}
+
+impl Spec {
+    const fn hash<K, V>(name: &'static str, max_entries: u32) -> Self {
+        let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
+        Self { name, kind: Kind::Hash, key_size, value_size, max_entries }
+    }
+
+    const fn array<V>(name: &'static str, kind: Kind, max_entries: u32) -> Self {
+        Self { name, kind, key_size: 4, value_size: size_of::<V>() as u32, max_entries }
+    }
+}
+
+/// The size of everything.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Layout {
+    pub(super) sizes: Sizes,
+    pub(super) flow_buckets_log2: u32,
+}
+
+impl Layout {
+    pub(super) fn new(limits: &Limits) -> Self {
+        let Limits { services, backends, flows, ring_slots } = *limits;
+        let addresses = u64::from(services) + u64::from(backends);
+        let sizes = Sizes {
+            services,
+            configs: 2 * services + 64,
+            // Number 0 is none, and a removed frontend keeps its number until its flows are gone.
+            frontends: (2 * services + 1).min(1 << ID_BITS),
+            backends: backends + 1,
+            owners: backends,
+            ring_slots: ring_slots.next_multiple_of(RingLine::SLOTS),
+            // A service's new members are written before the old ones are out of use, and regions may end on a line's end.
+            members: (2 * backends + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
+            filter_bits_log2: filter::bits_log2(addresses),
+        };
+        Self { sizes, flow_buckets_log2: flow_buckets_log2(flows) }
+    }
+
+    pub(super) const fn flow_buckets(&self) -> u32 {
+        1 << self.flow_buckets_log2
+    }
+
+    pub(super) const fn flow_records(&self) -> u32 {
+        self.flow_buckets() * table::SLOTS as u32
+    }
+
+    pub(super) const fn filter_words(&self) -> u32 {
+        (1 << self.sizes.filter_bits_log2) / filter::WORD_BITS
+    }
+
+    /// Every map that is pinned, `META` last.
+    pub(super) fn maps(&self) -> Vec<Spec> {
+        use Kind::{Array, MappedArray, PerCpuArray};
+        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, filter_bits_log2: _ } =
+            self.sizes;
+        vec![
+            Spec::hash::<EndpointKey, ConfigRef>("SERVICES", services),
+            Spec::array::<Config>("CONFIGS", MappedArray, configs),
+            Spec::array::<RingLine>("RINGS", MappedArray, ring_slots / RingLine::SLOTS),
+            Spec::array::<MemberLine>("MEMBERS", MappedArray, members / MemberLine::MEMBERS),
+            Spec::array::<Backend>("BACKENDS", MappedArray, backends),
+            Spec::array::<Frontend>("FRONTENDS", MappedArray, frontends),
+            Spec::hash::<EndpointKey, Owners>("OWNERS", owners),
+            Spec::array::<u64>("FILTER", MappedArray, self.filter_words()),
+            Spec::array::<Bucket>("FLOWS", MappedArray, self.flow_buckets()),
+            Spec::array::<Record>("FLOW_RECORDS", MappedArray, self.flow_records()),
+            // By service number, of which there are no more than frontend numbers.
+            Spec::array::<ServiceStats>("SERVICE_STATS", PerCpuArray, frontends),
+            Spec::array::<Tally>("CURSORS", MappedArray, frontends),
+            Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
+            Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
+            Spec::hash::<u32, Interface>("INTERFACES", INTERFACES),
+            Spec::array::<Meta>("META", Array, 1),
+        ]
+    }
+}
+
+/// A flow has two slots, a bucket four, and at 60 % occupancy next to no insert fails.
+fn flow_buckets_log2(flows: u32) -> u32 {
+    let buckets = (u64::from(flows) * 2 * 10).div_ceil(6 * table::SLOTS as u64);
+    buckets.next_power_of_two().ilog2().clamp(6, table::MAX_BUCKETS_LOG2)
+}
+
+/// Timeouts by state, each in the state's own units.
+pub(super) fn timeouts(timeouts: &Timeouts) -> [u32; State::COUNT] {
+    let Timeouts { tcp_syn, tcp_established, tcp_closing, tcp_half_closed, udp_one_way, udp_both_ways } = *timeouts;
+    let mut units = [0; State::COUNT];
+    for (state, timeout) in [
+        (State::SYN_SENT, tcp_syn),
+        (State::SYN_RECEIVED, tcp_syn),
+        (State::ESTABLISHED, tcp_established),
+        (State::FIN_FORWARD, tcp_half_closed),
+        (State::FIN_REPLY, tcp_half_closed),
+        (State::CLOSING, tcp_closing),
+        (State::RESET_FORWARD, tcp_closing),
+        (State::RESET_REPLY, tcp_closing),
+        (State::UDP_ONE_WAY, udp_one_way),
+        (State::UDP_BOTH_WAYS, udp_both_ways),
+    ] {
+        units[usize::from(state.0)] = in_units(state, timeout);
+    }
+    units
+}
+
+fn in_units(state: State, timeout: Duration) -> u32 {
+    ticks_from_seconds(timeout.as_secs()).div_ceil(1 << state.unit_shift()) as u32
+}
+
+/// The constants of the programs.
+pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], forwarding: Forwarding, log: LogLevel) -> Settings {
+    Settings {
+        hash_key: meta.hash_key,
+        flow_mask: (1 << meta.flow_buckets_log2) - 1,
+        filter_bits_log2: meta.filter_bits_log2,
+        timeouts: *timeouts,
+        forwarding: match forwarding {
+            Forwarding::Fast => forwarding::FAST,
+            Forwarding::Stack => forwarding::STACK,
+        },
+        log_level: match log {
+            LogLevel::Off => log_level::OFF,
+            LogLevel::Error => log_level::ERROR,
+            LogLevel::Warn => log_level::WARN,
+            LogLevel::Info => log_level::INFO,
+            LogLevel::Debug => log_level::DEBUG,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_limits_give_these_sizes() {
+        let layout = Layout::new(&Limits::default());
+        assert_eq!(layout.flow_buckets_log2, 20);
+        let sizes: Vec<_> = layout.maps().iter().map(|map| (map.name, map.max_entries)).collect();
+        assert_eq!(
+            sizes,
+            [
+                ("SERVICES", 16_384),
+                ("CONFIGS", 32_832),
+                ("RINGS", 262_144),
+                ("MEMBERS", 32_768),
+                ("BACKENDS", 131_073),
+                ("FRONTENDS", 32_769),
+                ("OWNERS", 131_072),
+                ("FILTER", 32_768),
+                ("FLOWS", 1_048_576),
+                ("FLOW_RECORDS", 4_194_304),
+                ("SERVICE_STATS", 32_769),
+                ("CURSORS", 32_769),
+                ("BACKEND_STATS", 131_073),
+                ("COUNTERS", 64),
+                ("INTERFACES", 8192),
+                ("META", 1),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_smallest_and_largest_limits_stay_within_what_the_programs_address() {
+        let least = Layout::new(&Limits { services: 1, backends: 1, flows: 1, ring_slots: 1 });
+        assert_eq!(least.flow_buckets(), 64);
+        assert_eq!(least.sizes.ring_slots, 32);
+        assert!(least.maps().iter().all(|map| map.max_entries > 0));
+        let most = Limits { services: 1 << 20, backends: (1 << 21) - 1, flows: 1 << 26, ring_slots: 1 << 30 };
+        let most = Layout::new(&most);
+        assert_eq!(most.flow_buckets_log2, table::MAX_BUCKETS_LOG2);
+        assert_eq!(most.flow_records(), 1 << 28);
+        assert_eq!((most.sizes.backends, most.sizes.frontends), (1 << ID_BITS, 1 << ID_BITS));
+    }
+
+    #[test]
+    fn flows_fill_their_table_to_at_most_sixty_percent() {
+        for flows in [1, 64, 1000, 52_429, 1_048_576, 20_000_000] {
+            let slots = 4.0 * f64::from(1 << flow_buckets_log2(flows));
+            let occupancy = 2.0 * f64::from(flows) / slots;
+            assert!(occupancy <= 0.6 && (occupancy > 0.29 || slots == 256.0), "{flows} flows: {occupancy}");
+        }
+    }
+
+    #[test]
+    fn timeouts_are_in_the_units_of_their_state_and_within_a_quarter_of_the_wrap() {
+        let units = timeouts(&Timeouts::default());
+        let of = |state: State| units[usize::from(state.0)];
+        assert_eq!(of(State::SYN_SENT), 56);
+        // 2 h 13 min are 7432 ticks.
+        assert_eq!(of(State::ESTABLISHED), 7432 / 4);
+        assert_eq!(of(State::RESET_REPLY), of(State::CLOSING));
+        assert_eq!((of(State::FREE), of(State::CLAIMING)), (0, 0));
+        let hour = Duration::from_secs(3600);
+        let most = timeouts(&Timeouts {
+            tcp_syn: hour,
+            tcp_established: Duration::from_secs(4 * 3600 + 30 * 60),
+            tcp_closing: hour,
+            tcp_half_closed: hour,
+            udp_one_way: hour,
+            udp_both_ways: hour,
+        });
+        assert!(most.iter().all(|units| *units <= (1 << 14) / 4), "{most:?}");
+    }
+}

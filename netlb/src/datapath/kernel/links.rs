@@ -1,0 +1,208 @@
+//! The programs on interfaces.
+
+use std::{collections::BTreeSet, fs, io, os::fd::AsFd as _, path::Path};
+
+use anyhow::{Context as _, bail};
+use aya::{
+    Ebpf,
+    maps::{HashMap, MapData},
+};
+use netlb_common::maps::Interface;
+
+use super::{
+    clsact::Clsact,
+    load::{Program, program_name},
+    maps::{io_error, take_hash},
+    pins::{Pins, ignore_missing},
+    syscall::{self, Direction, Order},
+};
+use crate::{
+    config::{Attach, Forwarding, Node, TcxOrder},
+    interfaces::Hooks,
+};
+
+/// Attaches the two programs.
+pub(super) struct Attacher {
+    pins: Pins,
+    interfaces: HashMap<MapData, u32, Interface>,
+    ingress: Program,
+    egress: Program,
+    way: Way,
+    /// A link takes the kernel an RCU grace period, so that the second is some milliseconds behind the first, and a new pod's packets may
+    /// come in between.
+    sequence: [Direction; 2],
+}
+
+/// The kernel interface programs are attached through.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Way {
+    Tcx(Order),
+    Clsact,
+}
+
+impl Attacher {
+    pub(super) fn new(ebpf: &mut Ebpf, pins: Pins, node: &Node) -> anyhow::Result<Self> {
+        let order = match node.tcx_order {
+            TcxOrder::First => Order::First,
+            TcxOrder::Last => Order::Last,
+        };
+        let way = match (node.attach, syscall::has_tcx()) {
+            (Attach::Auto | Attach::Tcx, true) => Way::Tcx(order),
+            (Attach::Auto, false) | (Attach::Clsact, _) => Way::Clsact,
+            (Attach::Tcx, false) => {
+                bail!("this kernel has no TCX (since Linux 6.6); set node.attach to \"auto\" or \"clsact\"");
+            }
+        };
+        pins.create().context("cannot make directories for links")?;
+        Ok(Self {
+            pins,
+            interfaces: take_hash(ebpf, "INTERFACES")?,
+            ingress: Program::new(ebpf, Direction::Ingress)?,
+            egress: Program::new(ebpf, Direction::Egress)?,
+            way,
+            sequence: match node.forwarding {
+                // All that most pods need.
+                Forwarding::Fast => [Direction::Ingress, Direction::Egress],
+                // A request that goes out must find its reply translated.
+                Forwarding::Stack => [Direction::Egress, Direction::Ingress],
+            },
+        })
+    }
+
+    const fn program(&self, direction: Direction) -> &Program {
+        match direction {
+            Direction::Ingress => &self.ingress,
+            Direction::Egress => &self.egress,
+        }
+    }
+
+    /// Makes sure that a link with our program is on the interface, and says whether it is a new one.
+    fn link(&self, index: u32, direction: Direction, order: Order) -> io::Result<bool> {
+        let path = self.pins.link(index, direction);
+        let program = self.program(direction);
+        match syscall::open_pin(&path) {
+            Ok(link) => {
+                let info = syscall::link_info(link.as_fd())?;
+                // The pin of an interface that is gone, or that moved to another network namespace, outlives it.
+                if info.index == index && syscall::tcx_links(index, direction)?.contains(&info.id) {
+                    if info.program != program.id {
+                        syscall::update_link(link.as_fd(), program.fd.as_fd())?;
+                    }
+                    return Ok(false);
+                }
+                fs::remove_file(&path)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let link = syscall::create_tcx_link(program.fd.as_fd(), index, direction, order)
+            .map_err(|error| io::Error::new(error.kind(), format!("TCX {}: {error}", direction.name())))?;
+        syscall::pin(link.as_fd(), &path)?;
+        Ok(true)
+    }
+
+    fn link_both(&self, index: u32, order: Order) -> io::Result<()> {
+        let [first, second] = self.sequence;
+        let is_new = self.link(index, first, order)?;
+        self.link(index, second, order).map(drop).inspect_err(|_| {
+            // Half of us is worse than none.
+            if is_new && let Err(error) = unlink(&self.pins, index, first) {
+                tracing::warn!("cannot detach from {} of interface {index}: {error}", first.name());
+            }
+        })
+    }
+
+    fn filter_both(&self, index: u32) -> io::Result<()> {
+        let mut clsact = Clsact::new()?;
+        // Before there is anything to be forgotten.
+        self.pins.note_filters(index)?;
+        clsact.add_qdisc(index)?;
+        for direction in self.sequence {
+            clsact.set_filter(index, direction, program_name(direction), self.program(direction).fd.as_fd())?;
+        }
+        Ok(())
+    }
+}
+
+impl Hooks for Attacher {
+    fn known(&self) -> BTreeSet<u32> {
+        let mut known = BTreeSet::new();
+        for found in [self.pins.linked(), self.pins.filtered()] {
+            match found {
+                Ok(indexes) => known.extend(indexes),
+                Err(error) => tracing::warn!("cannot look for links of a netlb before this one: {error}"),
+            }
+        }
+        known.extend(self.interfaces.keys().filter_map(Result::ok));
+        known
+    }
+
+    fn announce(&mut self, index: u32, interface: Interface) -> io::Result<()> {
+        self.interfaces.insert(index, interface, 0).map_err(io_error)
+    }
+
+    fn withdraw(&mut self, index: u32) -> io::Result<()> {
+        ignore_missing(self.interfaces.remove(&index).map_err(io_error))
+    }
+
+    fn attach(&mut self, index: u32) -> io::Result<&'static str> {
+        match self.way {
+            Way::Tcx(order) => {
+                self.link_both(index, order)?;
+                remove_filters(&self.pins, index)?;
+                Ok("tcx")
+            }
+            Way::Clsact => {
+                self.filter_both(index)?;
+                for direction in Direction::BOTH {
+                    unlink(&self.pins, index, direction)?;
+                }
+                Ok("clsact")
+            }
+        }
+    }
+
+    fn detach(&mut self, index: u32) -> io::Result<()> {
+        detach(&self.pins, index)
+    }
+}
+
+/// Takes everything off an interface, which may be gone. Requests first.
+fn detach(pins: &Pins, index: u32) -> io::Result<()> {
+    for direction in Direction::BOTH {
+        unlink(pins, index, direction)?;
+    }
+    remove_filters(pins, index)
+}
+
+fn unlink(pins: &Pins, index: u32, direction: Direction) -> io::Result<()> {
+    let path = pins.link(index, direction);
+    match syscall::open_pin(&path) {
+        // A link ends with its last reference, but some time after it, and somebody else may hold one. With its interface it is gone
+        // already, which is an error that says nothing.
+        Ok(link) => drop(syscall::detach_link(link.as_fd())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    ignore_missing(fs::remove_file(path))
+}
+
+fn remove_filters(pins: &Pins, index: u32) -> io::Result<()> {
+    if !pins.has_filters(index) {
+        return Ok(());
+    }
+    let mut clsact = Clsact::new()?;
+    for direction in Direction::BOTH {
+        clsact.remove_filter(index, direction, program_name(direction))?;
+    }
+    pins.forget_filters(index)
+}
+
+/// Takes netlb off all interfaces, with no daemon running. Filters are found in the network namespace they were made in only.
+pub(crate) fn detach_all(bpffs: &Path) -> anyhow::Result<()> {
+    let pins = Pins::new(bpffs);
+    for index in [pins.linked()?, pins.filtered()?].concat() {
+        detach(&pins, index).with_context(|| format!("cannot detach from interface {index}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,307 @@
+//! Loading the programs: into the maps of the daemon before this one where they fit, else into new ones.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
+    maps::{Array, Map, MapData, MapInfo},
+    programs::{ProgramError, SchedClassifier},
+};
+use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta};
+
+use super::{
+    btf,
+    layout::{Layout, Spec, settings, timeouts},
+    maps::{KernelMaps, io_error, take},
+    pins::Pins,
+    syscall::{self, Direction},
+};
+use crate::config::{Forwarding, Limits, LogLevel, Timeouts};
+
+/// Empty in a build without the BPF programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netlb-bpf"));
+
+/// What the programs are loaded with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Options<'a> {
+    pub(super) limits: &'a Limits,
+    pub(super) timeouts: &'a Timeouts,
+    pub(super) forwarding: Forwarding,
+    pub(super) log: LogLevel,
+}
+
+/// The programs and their maps.
+pub(super) struct Loaded {
+    /// What was not taken out: the programs, `COUNTERS`, `INTERFACES`, and the log's ring buffer.
+    pub(super) ebpf: Ebpf,
+    pub(super) maps: KernelMaps,
+    /// Where `META` is written to when the maps are filled; nowhere for maps that were adopted.
+    pub(super) unfinished: Option<Unfinished>,
+    pub(super) memory: Memory,
+}
+
+/// Maps that no later start adopts yet.
+pub(super) struct Unfinished {
+    map: Array<MapData, Meta>,
+    meta: Meta,
+}
+
+impl Unfinished {
+    /// Says that the maps are complete.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.map.set(0, self.meta, 0).map_err(io_error)
+    }
+}
+
+/// Loads the programs and pins their maps.
+pub(super) fn load(options: &Options<'_>, pins: &Pins) -> anyhow::Result<Loaded> {
+    let layout = Layout::new(options.limits);
+    pins.recover(|directory| read_meta(directory).is_ok_and(|meta| meta.abi_version != 0))
+        .context("cannot tidy up the pinned maps")?;
+    let adopted = match adoptable(&pins.maps(), &layout)? {
+        Adoptable::Nothing => None,
+        Adoptable::This(meta) => Some(meta),
+        Adoptable::Differs(differences) => {
+            tracing::warn!(
+                "the flow table cannot be carried over: {}. Connections that are open now are balanced again, and may break where their \
+                 service's backends have changed",
+                few(&differences)
+            );
+            None
+        }
+    };
+    match adopted {
+        Some(meta) => {
+            tracing::info!("using the maps and the flow table of the netlb before this one");
+            load_into(options, &layout, meta, Some(&pins.maps()), true)
+        }
+        None => {
+            let directory = pins.begin_maps().context("cannot make a directory for the maps")?;
+            load_into(options, &layout, new_meta(&layout)?, Some(&directory), false)
+        }
+    }
+}
+
+/// Loads the programs with maps that end with them.
+pub(super) fn load_unpinned(options: &Options<'_>) -> anyhow::Result<Loaded> {
+    let layout = Layout::new(options.limits);
+    load_into(options, &layout, new_meta(&layout)?, None, false)
+}
+
+fn new_meta(layout: &Layout) -> anyhow::Result<Meta> {
+    Ok(Meta {
+        abi_version: ABI_VERSION,
+        flow_buckets_log2: layout.flow_buckets_log2,
+        filter_bits_log2: layout.sizes.filter_bits_log2,
+        pad: 0,
+        hash_key: HashKey::new(syscall::random().context("cannot get random numbers")?),
+    })
+}
+
+fn load_into(
+    options: &Options<'_>,
+    layout: &Layout,
+    meta: Meta,
+    directory: Option<&Path>,
+    adopted: bool,
+) -> anyhow::Result<Loaded> {
+    ensure!(!OBJECT.is_empty(), "this netlb was built without its BPF programs");
+    ensure!(syscall::has_bpf(), "this kernel has no bpf(2); it needs CONFIG_BPF_SYSCALL");
+    ensure!(
+        aya::features().btf().is_some(),
+        "this kernel cannot load BTF, which describes the maps (since Linux 4.18)"
+    );
+    let timeouts = timeouts(options.timeouts);
+    let settings = settings(&meta, &timeouts, options.forwarding, options.log);
+    // aya-log counts its levels as we do.
+    let log_level = settings.log_level as u8;
+    let specs = layout.maps();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("SETTINGS", &settings, true);
+    // The programs have it only if they log anything.
+    loader.override_global(aya_log::LEVEL, &log_level, false);
+    // With statistics comes the reason of a refusal. The way to it may be megabytes long, and take minutes to be told.
+    loader.verifier_log_level(if tracing::enabled!(tracing::Level::DEBUG) {
+        VerifierLogLevel::DEBUG | VerifierLogLevel::STATS
+    } else {
+        VerifierLogLevel::STATS
+    });
+    for spec in &specs {
+        loader.map_max_entries(spec.name, spec.max_entries);
+        if let Some(directory) = directory {
+            loader.map_pin_path(spec.name, directory.join(spec.name));
+        }
+    }
+    let mut object = OBJECT.to_vec();
+    btf::repair(&mut object);
+    let mut ebpf = loader.load(&object).map_err(explain)?;
+    let mut memory = Memory(Vec::with_capacity(specs.len()));
+    for spec in &specs {
+        let map = ebpf.map(spec.name).with_context(|| format!("the BPF programs have no map {}", spec.name))?;
+        let map = map_data(map).with_context(|| format!("map {} is of an unexpected kind", spec.name))?;
+        if let Some(difference) = difference(spec, &map.info()?) {
+            bail!("the BPF programs do not belong to this netlb: {difference}");
+        }
+        memory.0.push((spec.name, map.fd().as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?));
+    }
+    for direction in Direction::BOTH {
+        let name = program_name(direction);
+        let program = program_mut(&mut ebpf, direction)?;
+        program.load().map_err(|error| refused(name, error))?;
+    }
+    let maps = KernelMaps::new(&mut ebpf, layout, &timeouts)?;
+    let map = Array::try_from(take(&mut ebpf, "META")?).map_err(io_error)?;
+    let unfinished = (!adopted).then_some(Unfinished { map, meta });
+    Ok(Loaded { ebpf, maps, unfinished, memory })
+}
+
+pub(super) const fn program_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "netlb_ingress",
+        Direction::Egress => "netlb_egress",
+    }
+}
+
+fn program_mut(ebpf: &mut Ebpf, direction: Direction) -> anyhow::Result<&mut SchedClassifier> {
+    let name = program_name(direction);
+    let program = ebpf.program_mut(name).with_context(|| format!("there is no BPF program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+pub(super) fn program(ebpf: &Ebpf, direction: Direction) -> anyhow::Result<&SchedClassifier> {
+    let name = program_name(direction);
+    let program = ebpf.program(name).with_context(|| format!("there is no BPF program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+/// A loaded program.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) fd: OwnedFd,
+    pub(super) id: u32,
+}
+
+impl Program {
+    /// A program of its own, which outlives the object.
+    pub(super) fn new(ebpf: &Ebpf, direction: Direction) -> anyhow::Result<Self> {
+        let program = program(ebpf, direction)?;
+        let fd = program.fd()?.as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?;
+        Ok(Self { fd, id: program.info()?.id() })
+    }
+}
+
+/// The sources of an object's error say what the kernel says.
+fn explain(error: EbpfError) -> anyhow::Error {
+    anyhow::Error::new(error).context("cannot load the BPF maps")
+}
+
+/// A verifier's log ends with the reason, above some statistics.
+fn refused(name: &str, error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError { io_error, verifier_log } = &error else {
+        return anyhow::Error::new(error).context(format!("cannot load the BPF program {name}"));
+    };
+    let log = verifier_log.to_string();
+    tracing::debug!("the verifier's log of {name}:\n{log}");
+    let is_statistics = |line: &&str| {
+        ["processed ", "verification time", "stack depth", "insns processed"]
+            .iter()
+            .any(|start| line.starts_with(start))
+    };
+    let reason = log.lines().map(str::trim).rfind(|line| !line.is_empty() && !is_statistics(line));
+    anyhow::anyhow!("the kernel refused the BPF program {name}: {} ({io_error})", reason.unwrap_or("it gave no reason"))
+}
+
+/// What a start finds pinned.
+enum Adoptable {
+    Nothing,
+    This(Meta),
+    /// Maps that cannot be used, and why.
+    Differs(Vec<String>),
+}
+
+fn adoptable(directory: &Path, layout: &Layout) -> anyhow::Result<Adoptable> {
+    let meta = match read_meta(directory) {
+        Ok(meta) if meta.abi_version != 0 => meta,
+        Ok(_) => return Ok(Adoptable::Differs(vec!["the maps before were not complete".to_owned()])),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Adoptable::Nothing),
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot read {}", directory.join("META").display()));
+        }
+    };
+    if meta.abi_version != ABI_VERSION {
+        let Meta { abi_version, .. } = meta;
+        return Ok(Adoptable::Differs(vec![format!("the maps' layout changed from {abi_version} to {ABI_VERSION}")]));
+    }
+    let mut differences = Vec::new();
+    for spec in layout.maps() {
+        match MapInfo::from_pin(directory.join(spec.name)) {
+            Ok(info) => differences.extend(difference(&spec, &info)),
+            Err(error) => differences.push(format!("map {} is gone ({})", spec.name, io_error(error))),
+        }
+    }
+    Ok(if differences.is_empty() { Adoptable::This(meta) } else { Adoptable::Differs(differences) })
+}
+
+/// The first of a list in words, and how many more there are: with one limit, several maps change.
+fn few(list: &[String]) -> String {
+    match list {
+        [first, second, rest @ ..] if rest.len() > 1 => {
+            format!("{first}, {second}, and {} more like these", rest.len())
+        }
+        list => list.join(", "),
+    }
+}
+
+fn read_meta(directory: &Path) -> io::Result<Meta> {
+    let map = MapData::from_pin(directory.join("META")).map_err(io_error)?;
+    let map: Array<_, Meta> = Array::try_from(Map::Array(map)).map_err(io_error)?;
+    map.get(&0, 0).map_err(io_error)
+}
+
+/// In what a map is not what it should be.
+fn difference(spec: &Spec, info: &MapInfo) -> Option<String> {
+    let name = spec.name;
+    let kind = info.map_type().map_or(0, |kind| kind as u32);
+    [
+        ("the type", kind, spec.kind.number()),
+        ("the key size", info.key_size(), spec.key_size),
+        ("the value size", info.value_size(), spec.value_size),
+        ("the flags", info.map_flags(), spec.kind.flags()),
+        ("the size", info.max_entries(), spec.max_entries),
+    ]
+    .into_iter()
+    .find(|(_, is, should)| is != should)
+    .map(|(what, is, should)| format!("{what} of {name} changed from {is} to {should}"))
+}
+
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) => Some(map),
+        _ => None,
+    }
+}
+
+/// The maps, to ask the kernel how much memory they take.
+#[derive(Debug)]
+pub(super) struct Memory(Vec<(&'static str, OwnedFd)>);
+
+impl Memory {
+    /// Bytes of each map.
+    pub(super) fn by_map(&self) -> HashMap<&'static str, u64> {
+        self.0.iter().map(|(name, map)| (*name, memory_of(map))).collect()
+    }
+}
+
+/// The kernel tells it in a text file only. 0 where it does not.
+fn memory_of(map: &OwnedFd) -> u64 {
+    std::fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd()))
+        .ok()
+        .and_then(|text| text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok()))
+        .unwrap_or(0)
+}

@@ -1,0 +1,300 @@
+//! [`Maps`] on the kernel's maps.
+
+use std::{
+    fmt, io,
+    mem::offset_of,
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
+use netlb_common::{
+    conntrack::State,
+    filter,
+    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, ServiceStats, Tally},
+    table::{Bucket, Place, Record, Storage},
+};
+
+use super::{layout::Layout, mapping::Mapping, syscall::Grace};
+use crate::{
+    datapath::{Maps, Sizes},
+    dataplane::ServiceCounters,
+};
+
+/// The maps of the loaded programs.
+pub struct KernelMaps {
+    sizes: Sizes,
+    services: HashMap<MapData, EndpointKey, ConfigRef>,
+    owners: HashMap<MapData, EndpointKey, Owners>,
+    configs: Mapping<Config>,
+    backends: Mapping<Backend>,
+    frontends: Mapping<Frontend>,
+    rings: Mapping<AtomicU16>,
+    members: Mapping<AtomicU32>,
+    filter: Mapping<AtomicU64>,
+    service_stats: PerCpuArray<MapData, ServiceStats>,
+    backend_stats: Mapping<Tally>,
+    flows: FlowTable,
+    grace: Grace,
+}
+
+impl fmt::Debug for KernelMaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelMaps").field("sizes", &self.sizes).finish_non_exhaustive()
+    }
+}
+
+/// The flow table, mapped.
+#[derive(Debug)]
+struct FlowTable {
+    buckets: Mapping<Bucket>,
+    records: Mapping<Record>,
+    mask: u32,
+    timeouts: [u32; State::COUNT],
+}
+
+impl Storage for FlowTable {
+    fn mask(&self) -> u32 {
+        self.mask
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.buckets.get(index)
+    }
+
+    fn record(&self, place: Place) -> Option<&Record> {
+        self.records.get(place.0)
+    }
+
+    fn timeout(&self, state: State) -> u32 {
+        self.timeouts[usize::from(state.0) % State::COUNT]
+    }
+}
+
+/// An error of aya's as the kernel's, where it is one.
+pub(super) fn io_error(error: MapError) -> io::Error {
+    match error {
+        MapError::SyscallError(error) => error.io_error,
+        MapError::KeyNotFound => io::ErrorKind::NotFound.into(),
+        error => io::Error::other(error),
+    }
+}
+
+/// Takes a map out of the loaded object.
+pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> io::Result<Map> {
+    ebpf.take_map(name).ok_or_else(|| io::Error::other(format!("the BPF programs have no map {name}")))
+}
+
+pub(super) fn take_hash<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> io::Result<HashMap<MapData, K, V>> {
+    HashMap::try_from(take(ebpf, name)?).map_err(io_error)
+}
+
+pub(super) fn take_per_cpu<V: Pod>(ebpf: &mut Ebpf, name: &str) -> io::Result<PerCpuArray<MapData, V>> {
+    PerCpuArray::try_from(take(ebpf, name)?).map_err(io_error)
+}
+
+/// Maps an array into memory. The mapping keeps the map.
+fn take_mapped<T>(ebpf: &mut Ebpf, name: &str, len: u32) -> io::Result<Mapping<T>> {
+    let Map::Array(map) = take(ebpf, name)? else {
+        return Err(io::Error::other(format!("map {name} is not an array")));
+    };
+    Mapping::new(map.fd().as_fd(), len)
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot map {name} into memory: {error}")))
+}
+
+impl KernelMaps {
+    /// Takes the maps out of the loaded object, whose programs have to be loaded as well.
+    pub(super) fn new(ebpf: &mut Ebpf, layout: &Layout, timeouts: &[u32; State::COUNT]) -> io::Result<Self> {
+        let sizes = layout.sizes;
+        Ok(Self {
+            sizes,
+            services: take_hash(ebpf, "SERVICES")?,
+            owners: take_hash(ebpf, "OWNERS")?,
+            configs: take_mapped(ebpf, "CONFIGS", sizes.configs)?,
+            backends: take_mapped(ebpf, "BACKENDS", sizes.backends)?,
+            frontends: take_mapped(ebpf, "FRONTENDS", sizes.frontends)?,
+            rings: take_mapped(ebpf, "RINGS", sizes.ring_slots)?,
+            members: take_mapped(ebpf, "MEMBERS", sizes.members)?,
+            filter: take_mapped(ebpf, "FILTER", layout.filter_words())?,
+            service_stats: take_per_cpu(ebpf, "SERVICE_STATS")?,
+            backend_stats: take_mapped(ebpf, "BACKEND_STATS", sizes.backends)?,
+            flows: FlowTable {
+                buckets: take_mapped(ebpf, "FLOWS", layout.flow_buckets())?,
+                records: take_mapped(ebpf, "FLOW_RECORDS", layout.flow_records())?,
+                mask: layout.flow_buckets() - 1,
+                timeouts: *timeouts,
+            },
+            grace: Grace::new()?,
+        })
+    }
+
+    /// A backend's flags, which change while packets read the record.
+    fn flags(&self, id: u32) -> &AtomicU8 {
+        let field = self.backends.field(id, offset_of!(Backend, flags));
+        // SAFETY: inside of the mapping, and all access is atomic.
+        unsafe { AtomicU8::from_ptr(field) }
+    }
+
+    fn generation(&self, index: u32) -> &AtomicU32 {
+        let field = self.configs.field(index, offset_of!(Config, generation));
+        // SAFETY: as above.
+        unsafe { AtomicU32::from_ptr(field) }
+    }
+}
+
+impl Maps for KernelMaps {
+    fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    fn service(&self, key: &EndpointKey) -> Option<ConfigRef> {
+        self.services.get(key, 0).ok()
+    }
+
+    fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>> {
+        self.services.iter().collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()> {
+        // Whatever stands behind it is written.
+        fence(Ordering::SeqCst);
+        self.services.insert(key, value, 0).map_err(io_error)
+    }
+
+    fn remove_service(&mut self, key: &EndpointKey) -> io::Result<()> {
+        super::pins::ignore_missing(self.services.remove(key).map_err(io_error))
+    }
+
+    fn config(&self, index: u32) -> Config {
+        self.configs.read(index)
+    }
+
+    fn set_config(&mut self, index: u32, config: &Config) {
+        // A program that was delayed since the record's last use sees that it is another's, before any of it changes.
+        self.generation(index).store(0, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        self.configs.write(index, &Config { generation: 0, ..*config });
+        fence(Ordering::SeqCst);
+        self.generation(index).store(config.generation, Ordering::SeqCst);
+    }
+
+    fn backend(&self, id: u32) -> Backend {
+        self.backends.read(id)
+    }
+
+    fn set_backend(&mut self, id: u32, backend: &Backend) {
+        self.flags(id).store(0, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        self.backends.write(id, &Backend { flags: 0, ..*backend });
+        fence(Ordering::SeqCst);
+        self.flags(id).store(backend.flags, Ordering::SeqCst);
+    }
+
+    fn set_backend_flags(&mut self, id: u32, flags: u8) {
+        self.flags(id).store(flags, Ordering::SeqCst);
+    }
+
+    fn frontend(&self, id: u32) -> Frontend {
+        self.frontends.read(id)
+    }
+
+    fn set_frontend(&mut self, id: u32, frontend: &Frontend) {
+        self.frontends.write(id, frontend);
+        fence(Ordering::SeqCst);
+    }
+
+    fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>> {
+        self.owners.iter().collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    fn set_owners(&mut self, key: &EndpointKey, owners: &Owners) -> io::Result<()> {
+        self.owners.insert(key, owners, 0).map_err(io_error)
+    }
+
+    fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
+        super::pins::ignore_missing(self.owners.remove(key).map_err(io_error))
+    }
+
+    fn ring(&self, offset: u32, len: u32) -> Vec<u16> {
+        (offset..offset + len).map(|slot| self.rings.at(slot).load(Ordering::Relaxed)).collect()
+    }
+
+    fn write_ring(&mut self, offset: u32, slots: &[u16]) {
+        for (slot, member) in (offset..).zip(slots) {
+            self.rings.at(slot).store(*member, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    fn members(&self, offset: u32, len: u32) -> Vec<u32> {
+        (offset..offset + len).map(|member| self.members.at(member).load(Ordering::Relaxed)).collect()
+    }
+
+    fn write_members(&mut self, offset: u32, ids: &[u32]) {
+        for (member, id) in (offset..).zip(ids) {
+            self.members.at(member).store(*id, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    fn set_filter_bit(&mut self, bit: u32, set: bool) {
+        let mask = 1 << (bit % filter::WORD_BITS);
+        let word = self.filter.at(bit / filter::WORD_BITS);
+        if set {
+            word.fetch_or(mask, Ordering::SeqCst);
+        } else {
+            word.fetch_and(!mask, Ordering::SeqCst);
+        }
+    }
+
+    fn write_filter(&mut self, words: &[u64]) {
+        for (number, word) in (0..).zip(words) {
+            self.filter.at(number).store(*word, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    fn service_stats(&self, service: u32) -> ServiceCounters {
+        let mut sum = ServiceCounters::default();
+        // Only a number that is out of bounds fails, and that one counted nothing.
+        for stats in self.service_stats.get(&service, 0).iter().flat_map(|stats| stats.iter()) {
+            sum.flows += stats.flows;
+            sum.packets_in += stats.packets_in;
+            sum.bytes_in += stats.bytes_in;
+            sum.packets_out += stats.packets_out;
+            sum.bytes_out += stats.bytes_out;
+        }
+        sum
+    }
+
+    fn clear_service_stats(&mut self, service: u32) {
+        let cleared = nr_cpus()
+            .map_err(|(_, error)| error)
+            .and_then(|cpus| PerCpuValues::try_from(vec![ServiceStats::default(); cpus]))
+            .and_then(|zeros| self.service_stats.set(service, zeros, 0).map_err(io_error));
+        if let Err(error) = cleared {
+            tracing::warn!(service, "cannot clear the counters of a service: {error}");
+        }
+    }
+
+    fn backend_flows(&self, id: u32) -> u64 {
+        self.backend_stats.at(id).0.load()
+    }
+
+    fn clear_backend_flows(&mut self, id: u32) {
+        self.backend_stats.at(id).0.store(0);
+    }
+
+    fn flows(&self) -> &dyn Storage {
+        &self.flows
+    }
+
+    fn grace(&self) {
+        fence(Ordering::SeqCst);
+        self.grace.wait();
+    }
+}

@@ -1,0 +1,304 @@
+//! The calls that aya does not make, or makes by interface name only: links by interface index, and grace periods.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    ptr,
+};
+
+/// `enum bpf_cmd` in linux/bpf.h.
+mod command {
+    pub(super) const MAP_CREATE: libc::c_int = 0;
+    pub(super) const MAP_UPDATE_ELEM: libc::c_int = 2;
+    pub(super) const OBJ_PIN: libc::c_int = 6;
+    pub(super) const OBJ_GET: libc::c_int = 7;
+    pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+    pub(super) const PROG_QUERY: libc::c_int = 16;
+    pub(super) const LINK_CREATE: libc::c_int = 28;
+    pub(super) const LINK_UPDATE: libc::c_int = 29;
+    pub(super) const LINK_DETACH: libc::c_int = 34;
+}
+
+/// The way packets go through an interface.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Direction {
+    Ingress,
+    Egress,
+}
+
+impl Direction {
+    pub(super) const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+
+    /// `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS`.
+    const fn tcx_attach_type(self) -> u32 {
+        match self {
+            Self::Ingress => 46,
+            Self::Egress => 47,
+        }
+    }
+}
+
+/// A place in a TCX chain.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Order {
+    First,
+    Last,
+}
+
+/// Calls bpf(2). What the kernel does not find in a short `attr` it takes for zero.
+fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is as long as we say, and what it points to is alive for the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+}
+
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: bpf(2) has just returned this descriptor, and nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct Object {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Opens a pin.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    bpf(command::OBJ_GET, &mut Object { path: path.as_ptr() as u64, ..Object::default() }).map(owned)
+}
+
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    bpf(command::OBJ_PIN, &mut Object { path: path.as_ptr() as u64, fd: raw(object), flags: 0 }).map(drop)
+}
+
+/// Attaches a program to an interface of this network namespace, for as long as the link is open or pinned.
+pub(super) fn create_tcx_link(
+    program: BorrowedFd<'_>,
+    index: u32,
+    direction: Direction,
+    order: Order,
+) -> io::Result<OwnedFd> {
+    #[derive(Default)]
+    #[repr(C)]
+    struct LinkCreate {
+        program: u32,
+        index: u32,
+        attach_type: u32,
+        flags: u32,
+        relative: u32,
+        pad: u32,
+        expected_revision: u64,
+    }
+    // `BPF_F_BEFORE` and `BPF_F_AFTER`: with no other program named, before or after all of them.
+    let flags = match order {
+        Order::First => 1 << 3,
+        Order::Last => 1 << 4,
+    };
+    let attach_type = direction.tcx_attach_type();
+    let mut attr = LinkCreate { program: raw(program), index, attach_type, flags, ..LinkCreate::default() };
+    bpf(command::LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Puts another program in a link's place. No packet goes without one.
+pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(command::LINK_UPDATE, &mut [raw(link), raw(program), 0, 0]).map(drop)
+}
+
+/// Detaches a link, pinned or not.
+pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(command::LINK_DETACH, &mut [raw(link)]).map(drop)
+}
+
+/// What the kernel says of a TCX link.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub(super) struct LinkInfo {
+    kind: u32,
+    pub(super) id: u32,
+    pub(super) program: u32,
+    pad: u32,
+    /// 0 after the interface is gone.
+    pub(super) index: u32,
+    attach_type: u32,
+    /// Room for what other kinds of links say.
+    rest: [u64; 8],
+}
+
+pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    #[repr(C)]
+    struct GetInfo {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    let mut info = LinkInfo::default();
+    let pointer = ptr::from_mut(&mut info) as u64;
+    bpf(command::OBJ_GET_INFO_BY_FD, &mut GetInfo { fd: raw(link), len: size_of::<LinkInfo>() as u32, info: pointer })?;
+    Ok(info)
+}
+
+/// The ids of the links on an interface of this network namespace; 0 where a program has no link.
+pub(super) fn tcx_links(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
+    /// `BPF_MPROG_MAX`.
+    const MOST: usize = 64;
+    #[derive(Default)]
+    #[repr(C)]
+    struct Query {
+        index: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        pad: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+    let (mut programs, mut links) = ([0_u32; MOST], [0_u32; MOST]);
+    let mut attr = Query {
+        index,
+        attach_type: direction.tcx_attach_type(),
+        programs: programs.as_mut_ptr() as u64,
+        count: MOST as u32,
+        links: links.as_mut_ptr() as u64,
+        ..Query::default()
+    };
+    match bpf(command::PROG_QUERY, &mut attr) {
+        Ok(_) => Ok(links[..(attr.count as usize).min(MOST)].to_vec()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the kernel has TCX (since 6.6). The loopback interface is number 1 in every network namespace.
+pub(super) fn has_tcx() -> bool {
+    tcx_links(1, Direction::Ingress).is_ok()
+}
+
+/// Whether the kernel has bpf(2) at all.
+pub(super) fn has_bpf() -> bool {
+    let error = bpf(command::OBJ_GET, &mut Object::default()).err().and_then(|error| error.raw_os_error());
+    error != Some(libc::ENOSYS)
+}
+
+/// Waits for RCU grace periods.
+#[derive(Debug)]
+pub(super) enum Grace {
+    /// `MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()`, unless there is one CPU only, which is then out of softirq by itself.
+    Membarrier,
+    /// Where CPUs run without a tick there is no such command. But a change of a map in a map waits as well, so that user space can rely
+    /// on the old one being out of use (`maybe_wait_bpf_programs()`).
+    MapInMap { outer: OwnedFd, inner: OwnedFd },
+}
+
+impl Grace {
+    pub(super) fn new() -> io::Result<Self> {
+        const QUERY: libc::c_int = 0;
+        match membarrier(QUERY) {
+            Ok(commands) if commands & i64::from(MEMBARRIER_GLOBAL) != 0 => Ok(Self::Membarrier),
+            _ => Self::map_in_map(),
+        }
+    }
+
+    fn map_in_map() -> io::Result<Self> {
+        /// `BPF_MAP_TYPE_ARRAY` and `BPF_MAP_TYPE_ARRAY_OF_MAPS`.
+        const ARRAY: u32 = 2;
+        const ARRAY_OF_MAPS: u32 = 12;
+        // Type, key size, value size, entries, flags, inner map.
+        let inner = bpf(command::MAP_CREATE, &mut [ARRAY, 4, 4, 1, 0, 0]).map(owned)?;
+        let inner_fd = inner.as_raw_fd() as u32;
+        let outer = bpf(command::MAP_CREATE, &mut [ARRAY_OF_MAPS, 4, 4, 1, 0, inner_fd]).map(owned)?;
+        let grace = Self::MapInMap { outer, inner };
+        grace.try_wait()?;
+        Ok(grace)
+    }
+
+    /// Returns when every program that ran at the call has ended.
+    pub(super) fn wait(&self) {
+        if let Err(error) = self.try_wait() {
+            // It worked when it was made, and neither way has a reason to fail later. To go on at once would be wrong for some packets.
+            tracing::error!("cannot wait for the end of running programs: {error}");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+
+    fn try_wait(&self) -> io::Result<()> {
+        match self {
+            Self::Membarrier => membarrier(MEMBARRIER_GLOBAL).map(drop),
+            Self::MapInMap { outer, inner } => {
+                #[repr(C)]
+                struct Update {
+                    map: u32,
+                    pad: u32,
+                    key: u64,
+                    value: u64,
+                    flags: u64,
+                }
+                let (key, value) = (0_u32, inner.as_raw_fd() as u32);
+                let mut attr = Update {
+                    map: outer.as_raw_fd() as u32,
+                    pad: 0,
+                    key: ptr::from_ref(&key) as u64,
+                    value: ptr::from_ref(&value) as u64,
+                    flags: 0,
+                };
+                bpf(command::MAP_UPDATE_ELEM, &mut attr).map(drop)
+            }
+        }
+    }
+}
+
+const MEMBARRIER_GLOBAL: libc::c_int = 1;
+
+fn membarrier(command: libc::c_int) -> io::Result<i64> {
+    // SAFETY: membarrier(2) takes no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, command, 0_u32, 0_i32) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Fills an array from the kernel's random number generator.
+pub(super) fn random<const N: usize>() -> io::Result<[u64; N]> {
+    let mut numbers = [0_u64; N];
+    let bytes = size_of_val(&numbers);
+    // SAFETY: the array has room for that many bytes, and any bytes are numbers.
+    let got = unsafe { libc::getrandom(numbers.as_mut_ptr().cast(), bytes, 0) };
+    // At most 256 bytes are never cut short (getrandom(2)).
+    if got == bytes as isize { Ok(numbers) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_numbers_differ() {
+        assert_ne!(random::<4>().unwrap(), random::<4>().unwrap());
+    }
+}

@@ -1,0 +1,926 @@
+use std::{collections::BTreeMap, time::SystemTime};
+
+use netlb_common::maps::Backend;
+use proptest::prelude::*;
+
+use super::{
+    memory::{MemoryMaps, Op, TIMEOUT, TestClock},
+    *,
+};
+use crate::{
+    dataplane::{FlowFilter, ServiceStats},
+    model::{self, Algorithm, BackendState, Owner, Weight},
+};
+
+const ROOMY: Sizes = Sizes {
+    services: 64,
+    configs: 192,
+    frontends: 129,
+    backends: 257,
+    owners: 256,
+    ring_slots: 1 << 16,
+    members: 4096,
+    filter_bits_log2: 15,
+};
+const ACTIVE: u8 = Backend::SERVING | Backend::ACCEPTING;
+
+struct Bench {
+    programmer: Programmer<MemoryMaps>,
+    clock: TestClock,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with(ROOMY)
+    }
+
+    fn with(sizes: Sizes) -> Self {
+        let clock = TestClock::new();
+        Self::over(MemoryMaps::new(sizes, clock.clone()), clock)
+    }
+
+    fn over(maps: MemoryMaps, clock: TestClock) -> Self {
+        let reads = clock.clone();
+        Self { programmer: Programmer::with_clock(maps, move || reads.now()).unwrap(), clock }
+    }
+
+    /// Another daemon takes over.
+    fn restart(self) -> Self {
+        Self::over(self.programmer.maps, self.clock)
+    }
+
+    fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
+        self.programmer.apply(desired)
+    }
+
+    /// Applies, and makes sure that the maps say just that.
+    fn serve(&mut self, desired: &[Desired]) -> usize {
+        let report = self.apply(desired);
+        assert_eq!(report.failed, []);
+        self.assert_serves(desired);
+        report.changed
+    }
+
+    fn tick(&mut self, ticks: u32) {
+        self.clock.advance(ticks);
+        self.programmer.tick(SystemTime::UNIX_EPOCH);
+    }
+
+    /// Until nothing waits that no flow names.
+    fn rest(&mut self) {
+        (0..4).for_each(|_| self.tick(60));
+    }
+
+    fn maps(&mut self) -> &mut MemoryMaps {
+        &mut self.programmer.maps
+    }
+
+    fn begin_flow(&mut self, frontend: &str, client: u16) -> Option<u32> {
+        self.programmer.maps.begin_flow(&key(frontend), client)
+    }
+
+    fn log(&self) -> Vec<Op> {
+        self.programmer.maps.take_log()
+    }
+
+    fn stats(&self, service: &str) -> ServiceStats {
+        self.programmer.stats(&[service]).pop().unwrap()
+    }
+
+    fn used(&self, map: &str) -> u64 {
+        self.programmer.map_usage().into_iter().find(|(name, ..)| *name == map).unwrap().1
+    }
+
+    fn config(&self, frontend: &str) -> Config {
+        self.programmer.maps.in_force(&key(frontend)).unwrap()
+    }
+
+    /// The number of a backend of a service.
+    fn backend(&self, service: &str, backend: &str) -> u32 {
+        let index = self.programmer.names[service];
+        self.programmer.services.get(index).unwrap().backends[&key(&format!("{backend}/tcp"))]
+    }
+
+    fn flags(&self, id: u32) -> u8 {
+        self.programmer.maps.backend(id).flags
+    }
+
+    fn assert_serves(&self, desired: &[Desired]) {
+        let frontends = desired.iter().flat_map(|desired| desired.service.frontends());
+        let wanted: HashSet<_> = frontends.map(frontend_key).collect();
+        assert_eq!(self.programmer.maps.services.keys().copied().collect::<HashSet<_>>(), wanted);
+        desired.iter().for_each(|desired| self.assert_served(&desired.service));
+    }
+
+    fn assert_served(&self, service: &Service) {
+        let maps = &self.programmer.maps;
+        let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
+        let members = Members::accepting(service.backends());
+        let addresses: Vec<_> = members.addresses().collect();
+        let ring = members.ring(service.algorithm());
+        let expected: Vec<_> = ring.iter().map(|slot| addresses[usize::from(*slot)]).collect();
+        for frontend in service.frontends() {
+            let key = frontend_key(frontend);
+            let slots = maps.slots(&maps.in_force(&key).unwrap_or_else(|| panic!("{frontend} is not served")));
+            let got: Vec<_> = slots.iter().map(|backend| socket_address(backend.addr, backend.port)).collect();
+            assert_eq!(got, expected, "{frontend}");
+            for backend in service.backends() {
+                let id = entry.backends[&endpoint_key(backend.address, key.protocol)];
+                let flags = if backend.state == BackendState::Active { ACTIVE } else { Backend::SERVING };
+                assert_eq!(self.flags(id), flags, "{}", backend.address);
+            }
+        }
+    }
+
+    /// Nothing is left of anything.
+    fn assert_empty(&self) {
+        let used: Vec<_> = self.programmer.map_usage().into_iter().filter(|(_, used, _)| *used != 0).collect();
+        assert_eq!(used, []);
+        assert_eq!(self.programmer.services.len(), 0);
+        assert_eq!(self.programmer.filter.words(15), vec![0; 512]);
+        assert_eq!(self.programmer.maps.owners.len(), 0);
+        assert!(self.programmer.names.is_empty());
+    }
+}
+
+fn key(frontend: &str) -> EndpointKey {
+    frontend_key(&frontend.parse().unwrap())
+}
+
+/// Backends are `ADDRESS:PORT`, with `*WEIGHT` or ` draining` after it.
+fn service(name: &str, frontends: &[&str], backends: &[&str]) -> Desired {
+    with_algorithm(name, frontends, backends, Algorithm::Maglev)
+}
+
+fn with_algorithm(name: &str, frontends: &[&str], backends: &[&str], algorithm: Algorithm) -> Desired {
+    let backend = |text: &&str| {
+        let (text, state) = match text.strip_suffix(" draining") {
+            Some(text) => (text, BackendState::Draining),
+            None => (*text, BackendState::Active),
+        };
+        let (address, weight) = text.split_once('*').unwrap_or((text, "1"));
+        let weight = Weight::new(weight.parse().unwrap()).unwrap();
+        model::Backend { address: address.parse().unwrap(), weight, state }
+    };
+    let frontends = frontends.iter().map(|frontend| frontend.parse().unwrap()).collect();
+    let backends = backends.iter().map(backend).collect();
+    Desired { service: Service::new(Some(name.to_owned()), frontends, backends, algorithm).unwrap(), owner: Owner::Api }
+}
+
+const WEB: &str = "10.96.0.10:80/tcp";
+const DNS: &str = "10.96.0.53:53/udp";
+const A: &str = "10.244.0.1:8080";
+const B: &str = "10.244.0.2:8080";
+const C: &str = "10.244.0.3:8080";
+
+fn web(backends: &[&str]) -> Desired {
+    service("web", &[WEB], backends)
+}
+
+fn position(log: &[Op], op: impl Fn(&Op) -> bool) -> usize {
+    log.iter().position(op).unwrap_or_else(|| panic!("not in {log:?}"))
+}
+
+#[test]
+fn services_are_added_changed_and_removed() {
+    let mut bench = Bench::new();
+    let v6 = service("six", &["[fd00::10]:80/tcp"], &["[fd00::1]:8080", "[fd00::2]:8080"]);
+    let dns = service("dns", &[DNS, "10.96.0.53:53/tcp"], &["10.244.0.1:53"]);
+    assert_eq!(bench.serve(&[web(&[A, B]), v6.clone(), dns.clone()]), 3);
+    assert_eq!(bench.serve(&[web(&[A, B]), v6.clone(), dns.clone()]), 0);
+    assert_eq!(bench.serve(&[web(&[A, "10.244.0.2:8080*3", C]), dns.clone(), v6.clone()]), 1);
+    assert_eq!(bench.serve(&[v6]), 2);
+    assert_eq!(bench.serve(&[]), 1);
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn nothing_is_written_where_nothing_changes() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B]), service("other", &[DNS], &[C])]);
+    bench.log();
+    bench.serve(&[service("other", &[DNS], &[C]), web(&[B, A])]);
+    assert_eq!(bench.log(), []);
+}
+
+#[test]
+fn a_change_is_whole_before_it_is_in_force() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B])]);
+    let (a, b) = (bench.backend("web", A), bench.backend("web", B));
+    bench.log();
+    bench.serve(&[web(&[A, C])]);
+    let log = bench.log();
+    let c = bench.backend("web", C);
+    let order = [
+        position(&log, |op| *op == Op::Backend(c)),
+        position(&log, |op| matches!(op, Op::Ring(_))),
+        position(&log, |op| matches!(op, Op::Members(_))),
+        position(&log, |op| matches!(op, Op::Config(_))),
+        position(&log, |op| matches!(op, Op::Owners(_))),
+        position(&log, |op| *op == Op::Service(key(WEB))),
+        position(&log, |op| *op == Op::Flags(b, 0)),
+    ];
+    assert!(order.is_sorted(), "{log:?}");
+    assert!(!log.iter().any(|op| matches!(op, Op::Flags(id, _) | Op::Backend(id) if *id == a)), "{log:?}");
+    assert_eq!(log.iter().filter(|op| matches!(op, Op::Service(_) | Op::RemoveService(_))).count(), 1);
+}
+
+#[test]
+fn a_removed_service_is_out_of_force_before_its_backends_are() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.log();
+    bench.serve(&[]);
+    let log = bench.log();
+    assert!(matches!(log[..], [Op::RemoveService(_), Op::Flags(_, 0)]), "{log:?}");
+}
+
+#[test]
+fn old_records_are_reused_only_after_a_grace_period() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let first = bench.config(WEB);
+    bench.serve(&[web(&[A, B])]);
+    bench.serve(&[web(&[A, B, C])]);
+    assert_eq!(bench.used("CONFIGS"), 3);
+    assert!(!bench.log().contains(&Op::Grace), "which nobody waits for while there is room");
+    bench.tick(1);
+    assert_eq!(bench.log(), [Op::Grace]);
+    assert_eq!(bench.used("CONFIGS"), 1);
+    bench.serve(&[web(&[B])]);
+    assert_eq!(bench.config(WEB).ring, first.ring, "the region is used again");
+    bench.tick(1);
+    bench.tick(1);
+    assert_eq!(bench.log().iter().filter(|op| **op == Op::Grace).count(), 1, "and only where something waits");
+}
+
+#[test]
+fn a_service_without_backends_has_no_ring() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[])]);
+    let config = bench.config(WEB);
+    assert_eq!((config.ring_len, config.members_len), (0, 0));
+    bench.serve(&[web(&["10.244.0.1:8080 draining"])]);
+    assert_eq!((bench.config(WEB), bench.used("RINGS")), (config, 0));
+    bench.serve(&[web(&[A])]);
+    assert_eq!(bench.config(WEB).ring_len, 251);
+}
+
+#[test]
+fn a_draining_backend_keeps_its_flows_and_gets_no_new_ones() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B])]);
+    let a = bench.backend("web", A);
+    bench.log();
+    bench.serve(&[web(&["10.244.0.1:8080 draining", B])]);
+    let log = bench.log();
+    assert_eq!(bench.flags(a), Backend::SERVING);
+    assert!(
+        position(&log, |op| *op == Op::Service(key(WEB))) < position(&log, |op| *op == Op::Flags(a, Backend::SERVING))
+    );
+    bench.serve(&[web(&[A, B])]);
+    let log = bench.log();
+    assert!(position(&log, |op| *op == Op::Flags(a, ACTIVE)) < position(&log, |op| *op == Op::Service(key(WEB))));
+    assert_eq!(bench.backend("web", A), a);
+}
+
+#[test]
+fn a_backend_keeps_its_number_until_its_flows_end() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let a = bench.begin_flow(WEB, 1).unwrap();
+    bench.serve(&[web(&[B])]);
+    assert_eq!(bench.flags(a), 0);
+    bench.tick(20);
+    bench.tick(20);
+    assert_eq!(bench.programmer.maps.backend(a).port.get(), 8080, "there is a flow");
+    assert!(bench.programmer.maps.owners.contains_key(&key(&format!("{A}/tcp"))));
+    assert_eq!(
+        bench.stats("web").backends[0],
+        (A.parse().unwrap(), crate::dataplane::BackendCounters { flows: 1, active: 1 })
+    );
+
+    bench.serve(&[web(&[A, B])]);
+    assert_eq!(bench.backend("web", A), a, "it comes back to its flows");
+    assert_eq!(bench.flags(a), ACTIVE);
+    bench.serve(&[web(&[B])]);
+
+    bench.clock.advance(TIMEOUT * 4);
+    bench.rest();
+    assert_eq!(bench.programmer.maps.backend(a), Backend::default());
+    assert!(!bench.programmer.maps.owners.contains_key(&key(&format!("{A}/tcp"))));
+    assert_eq!((bench.used("BACKENDS"), bench.used("flows")), (1, 0));
+    assert_eq!(bench.stats("web").backends.len(), 1);
+    bench.serve(&[web(&[B, C])]);
+    assert_eq!(bench.backend("web", C), a, "now it is another's");
+    assert_eq!(bench.programmer.maps.backend_flows(a), 0);
+}
+
+#[test]
+fn a_number_is_not_free_before_packets_that_saw_it_are_done() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let a = bench.backend("web", A);
+    bench.serve(&[web(&[B])]);
+    bench.log();
+    bench.tick(5);
+    assert_eq!(bench.log()[0], Op::Grace, "before the scan");
+    assert_ne!(bench.programmer.maps.backend(a), Backend::default());
+    bench.tick(1);
+    assert_eq!(bench.log(), [Op::Grace, Op::Backend(a)], "and after it");
+}
+
+#[test]
+fn a_removed_service_comes_back_to_its_flows() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let a = bench.begin_flow(WEB, 1).unwrap();
+    let before = bench.config(WEB);
+    bench.serve(&[]);
+    bench.tick(20);
+    let flows = bench.programmer.flows(&FlowFilter::default(), 9);
+    assert_eq!((flows.len(), flows[0].service.as_str()), (1, "web"));
+    bench.serve(&[web(&[A])]);
+    let after = bench.config(WEB);
+    assert_eq!((after.service, after.frontend, bench.backend("web", A)), (before.service, before.frontend, a));
+    assert_eq!(bench.stats("web").service.flows, 1);
+}
+
+#[test]
+fn counters_begin_at_zero_for_who_gets_a_number_next() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.begin_flow(WEB, 1);
+    bench.serve(&[]);
+    bench.clock.advance(TIMEOUT * 4 + 4);
+    bench.rest();
+    bench.assert_empty();
+    bench.serve(&[service("other", &[DNS], &[B])]);
+    assert_eq!(bench.config(DNS).service, 1);
+    let zero = bench.stats("other");
+    assert_eq!((zero.service.flows, zero.backends[0].1.flows), (0, 0));
+}
+
+#[test]
+fn equal_rings_are_one() {
+    let mut bench = Bench::new();
+    let other = service("other", &["10.96.0.11:80/tcp", "10.96.0.11:443/tcp"], &[A, B]);
+    bench.serve(&[web(&[A, B]), other.clone()]);
+    assert_eq!(bench.used("RINGS"), 256);
+    assert_eq!(bench.used("MEMBERS"), 32, "one list for each service");
+    assert_eq!(bench.config(WEB).ring, bench.config("10.96.0.11:443/tcp").ring);
+    bench.serve(&[other]);
+    bench.tick(1);
+    assert_eq!(bench.used("RINGS"), 256);
+    bench.serve(&[]);
+    bench.tick(1);
+    assert_eq!(bench.used("RINGS"), 0);
+}
+
+#[test]
+fn another_frontend_leaves_those_there_are_alone() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B])]);
+    let before = bench.config(WEB);
+    bench.log();
+    assert_eq!(bench.serve(&[service("web", &[WEB, "10.96.0.10:443/tcp"], &[A, B])]), 1);
+    assert!(!bench.log().iter().any(|op| matches!(op, Op::Ring(_) | Op::Members(_) | Op::Backend(_))));
+    assert_eq!(bench.config(WEB), before);
+    let owners = bench.programmer.maps.owners[&key(&format!("{A}/tcp"))].0;
+    assert_eq!(owners[..3], [before.frontend, bench.config("10.96.0.10:443/tcp").frontend, 0]);
+    assert_eq!(bench.serve(&[web(&[A, B])]), 1);
+    bench.rest();
+    assert_eq!(bench.programmer.maps.owners[&key(&format!("{A}/tcp"))].0[..2], [before.frontend, 0]);
+}
+
+#[test]
+fn a_frontend_moves_by_one_switch() {
+    for order in [false, true] {
+        let mut bench = Bench::new();
+        let both = |web: Desired, api: Desired| if order { vec![web, api] } else { vec![api, web] };
+        let api = "10.96.0.20:80/tcp";
+        bench.serve(&both(service("web", &[WEB, api], &[A]), service("api", &["10.96.0.21:80/tcp"], &[B])));
+        let flow = bench.begin_flow(api, 7).unwrap();
+        bench.log();
+        let changed = bench.serve(&both(web(&[A]), service("api", &["10.96.0.21:80/tcp", api], &[B])));
+        assert_eq!(changed, 2);
+        let log = bench.log();
+        let stores: Vec<_> = log.iter().filter(|op| matches!(op, Op::Service(_) | Op::RemoveService(_))).collect();
+        assert_eq!(stores, [&Op::Service(key(api))], "{log:?}");
+        bench.tick(30);
+        bench.tick(1);
+        assert_eq!(bench.flags(flow), ACTIVE, "the old flow goes on");
+        assert_eq!(bench.programmer.flows(&FlowFilter::default(), 1)[0].service, "web");
+        bench.serve(&[]);
+        bench.clock.advance(TIMEOUT * 4);
+        bench.rest();
+        bench.assert_empty();
+    }
+}
+
+#[test]
+fn a_frontend_of_a_removed_service_moves_by_one_switch() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.log();
+    assert_eq!(bench.serve(&[service("renamed", &[WEB], &[A])]), 2);
+    let log = bench.log();
+    assert!(!log.contains(&Op::RemoveService(key(WEB))), "{log:?}");
+    bench.rest();
+    assert_eq!((bench.used("CONFIGS"), bench.used("FRONTENDS"), bench.used("BACKENDS")), (1, 1, 1));
+}
+
+#[test]
+fn a_frontend_ends_where_it_cannot_go_where_it_is_wanted() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.maps().broken.insert(key(WEB));
+    let report = bench.apply(&[service("renamed", &[WEB], &[A])]);
+    assert_eq!(report.failed[0].0, "renamed");
+    assert_eq!(bench.log().last(), Some(&Op::RemoveService(key(WEB))));
+    bench.maps().broken.clear();
+    bench.serve(&[service("renamed", &[WEB], &[A])]);
+    bench.rest();
+    assert_eq!(bench.used("BACKENDS"), 1);
+}
+
+/// Two services fit, the third does not, until one of them goes.
+fn assert_third_fails(sizes: Sizes, map: &'static str, option: &'static str) {
+    let third = || service("third", &["10.96.0.3:80/tcp"], &["10.244.0.3:80", "10.244.0.4:80"]);
+    let first = service("first", &["10.96.0.1:80/tcp"], &["10.244.0.1:80"]);
+    let second = service("second", &["10.96.0.2:80/tcp"], &["10.244.0.2:80"]);
+    let mut bench = Bench::with(sizes);
+    let report = bench.apply(&[first.clone(), third(), second.clone()]);
+    let [(name, ApplyError::MapFull { map: full, option: raise, .. })] = &report.failed[..] else {
+        panic!("{report:?}");
+    };
+    assert!(name == "third" || name == "second", "{name}");
+    assert_eq!((*full, *raise), (map, option));
+    // Whatever is left of the failure is out of the way.
+    bench.serve(std::slice::from_ref(&first));
+    bench.serve(&[third()]);
+    let report = bench.apply(&[third(), first.clone(), second.clone()]);
+    assert!(report.failed.iter().any(|(name, _)| name == "second"), "{report:?}");
+    assert!(report.failed.iter().all(|(name, _)| name != "third"), "{report:?}");
+    bench.serve(&[first, second]);
+    bench.serve(&[]);
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn a_full_map_fails_the_service_that_finds_it_so() {
+    let sizes = ROOMY;
+    assert_third_fails(Sizes { services: 2, ..sizes }, "SERVICES", "limits.services");
+    assert_third_fails(Sizes { configs: 3, ..sizes }, "CONFIGS", "limits.services");
+    assert_third_fails(Sizes { backends: 4, ..sizes }, "BACKENDS", "limits.backends");
+    assert_third_fails(Sizes { owners: 3, ..sizes }, "OWNERS", "limits.backends");
+    assert_third_fails(Sizes { ring_slots: 256, ..sizes }, "RINGS", "limits.ring_slots");
+    assert_third_fails(Sizes { members: 32, ..sizes }, "MEMBERS", "limits.backends");
+    // There are as many services as frontends at most.
+    assert_third_fails(Sizes { frontends: 3, ..sizes }, "SERVICE_STATS", "limits.services");
+}
+
+#[test]
+fn more_frontends_than_there_is_room_for_fail() {
+    let mut bench = Bench::with(Sizes { frontends: 3, ..ROOMY });
+    let report = bench.apply(&[service("web", &[WEB, DNS, "10.96.0.10:443/tcp"], &[A])]);
+    let full = ApplyError::MapFull { map: "FRONTENDS", size: 2, option: "limits.services" };
+    assert_eq!(report.failed, [("web".to_owned(), full)]);
+    bench.tick(1);
+    bench.assert_empty();
+}
+
+#[test]
+fn a_service_that_fails_keeps_what_it_had() {
+    let mut bench = Bench::with(Sizes { backends: 4, ..ROOMY });
+    bench.serve(&[web(&[A, B])]);
+    let before = bench.config(WEB);
+    let report = bench.apply(&[service("web", &[WEB, DNS], &[A, C])]);
+    assert_eq!((report.failed.len(), report.changed), (1, 0));
+    assert_eq!(bench.config(WEB), before);
+    bench.assert_serves(&[web(&[A, B])]);
+    let report = bench.apply(&[service("web", &[WEB, DNS], &[A, C])]);
+    assert_eq!(report.failed.len(), 1, "it is tried each time");
+    assert_eq!(bench.serve(&[web(&[A, B])]), 0);
+}
+
+#[test]
+fn an_error_of_the_kernel_is_undone() {
+    let mut bench = Bench::new();
+    let (first, second) = ("10.96.0.10:80/tcp", "10.96.0.10:443/tcp");
+    bench.serve(&[service("web", &[first], &[A])]);
+    let before = bench.config(first);
+    bench.maps().broken.insert(key(second));
+    let report = bench.apply(&[service("web", &[first, second], &[B]), service("other", &[DNS], &[C])]);
+    assert!(matches!(&report.failed[..], [(name, ApplyError::Kernel(_))] if name == "web"), "{report:?}");
+    assert_eq!(report.changed, 1);
+    assert_eq!(bench.config(first), before, "the first frontend was switched back");
+    bench.rest();
+    assert_eq!((bench.used("BACKENDS"), bench.used("FRONTENDS"), bench.used("CONFIGS")), (2, 2, 2));
+    bench.maps().broken.clear();
+    bench.serve(&[service("web", &[first, second], &[B])]);
+}
+
+#[test]
+fn what_cannot_be_removed_is_tried_again() {
+    let (first, second) = ("10.96.0.10:80/tcp", "10.96.0.10:443/tcp");
+    let both = || service("web", &[first, second], &[A]);
+    for wanted in [vec![], vec![service("web", &[first], &[A])]] {
+        let mut bench = Bench::new();
+        bench.serve(&[both()]);
+        bench.maps().stuck.insert(key(second));
+        for _ in 0..2 {
+            let report = bench.apply(&wanted);
+            assert!(matches!(&report.failed[..], [(name, ApplyError::Kernel(_))] if name == "web"), "{report:?}");
+        }
+        bench.serve(&[both()]);
+        assert_eq!(bench.apply(&wanted).failed.len(), 1);
+        bench.maps().stuck.clear();
+        bench.serve(&wanted);
+        bench.serve(&[]);
+        bench.rest();
+        bench.assert_empty();
+    }
+}
+
+#[test]
+fn a_switch_that_can_neither_go_on_nor_back_is_completed_later() {
+    let (first, second) = ("10.96.0.10:80/tcp", "10.96.0.10:443/tcp");
+    let both = || service("web", &[first, second], &[A]);
+    let mut bench = Bench::new();
+    bench.maps().broken.insert(key(second));
+    bench.maps().stuck.insert(key(first));
+    assert_eq!(bench.apply(&[both()]).failed.len(), 1);
+    bench.rest();
+    bench.maps().broken.clear();
+    bench.maps().stuck.clear();
+    bench.serve(&[both()]);
+    bench.serve(&[]);
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn a_full_set_of_services_can_change_all_its_frontends() {
+    let mut bench = Bench::with(Sizes { services: 3, configs: 5, ..ROOMY });
+    let three = |host: u8| {
+        let service = |n: u8| service(&format!("s{n}"), &[&format!("10.96.{host}.{n}:80/tcp")], &[A]);
+        [service(0), service(1), service(2)]
+    };
+    bench.serve(&three(0));
+    bench.serve(&three(1));
+    let swapped = |n: u8, host: u8| service(&format!("s{n}"), &[&format!("10.96.1.{host}:80/tcp")], &[A]);
+    bench.serve(&[swapped(0, 1), swapped(1, 2), swapped(2, 0)]);
+}
+
+#[test]
+fn room_is_made_where_flows_have_ended() {
+    let mut bench = Bench::with(Sizes { backends: 3, ..ROOMY });
+    bench.serve(&[web(&[A, B])]);
+    bench.begin_flow(WEB, 1);
+    bench.serve(&[web(&[])]);
+    let report = bench.apply(&[web(&[C, "10.244.0.4:8080"])]);
+    assert_eq!(report.failed.len(), 1, "one number has a flow");
+    assert_eq!(bench.apply(&[web(&[C])]).failed, []);
+    bench.clock.advance(TIMEOUT * 4 + 4);
+    bench.serve(&[web(&[C, "10.244.0.4:8080"])]);
+}
+
+#[test]
+fn a_new_daemon_goes_on_from_the_maps() {
+    let desired = [
+        web(&[A, B, "10.244.0.9:8080 draining"]),
+        with_algorithm(
+            "dns",
+            &[DNS, "10.96.0.53:53/tcp"],
+            &["10.244.0.1:53*3", "10.244.0.2:53"],
+            Algorithm::RoundRobin,
+        ),
+        service("six", &["[fd00::10]:80/tcp"], &["[fd00::1]:8080"]),
+        service("empty", &["10.96.0.99:80/tcp"], &[]),
+    ];
+    let mut bench = Bench::new();
+    bench.serve(&desired);
+    let flow = bench.begin_flow(WEB, 5);
+    let configs = |bench: &Bench| {
+        let keys = bench.programmer.maps.services.keys().map(|key| (frontend_of(key), *key));
+        let configs = keys.map(|(frontend, key)| (frontend, bench.programmer.maps.in_force(&key)));
+        configs.collect::<BTreeMap<_, _>>()
+    };
+    let (before, usage) = (configs(&bench), bench.programmer.map_usage());
+    bench.log();
+
+    let mut bench = bench.restart();
+    assert_eq!(bench.log(), [Op::Grace]);
+    assert_eq!(bench.programmer.map_usage(), usage);
+    assert_eq!(bench.serve(&desired), 0);
+    assert_eq!(bench.log(), []);
+    assert_eq!(configs(&bench), before);
+    assert_eq!(bench.begin_flow(WEB, 5), flow);
+    assert_eq!(bench.programmer.flows(&FlowFilter { service: Some("web".to_owned()) }, 9).len(), 1);
+
+    let mut bench = bench.restart();
+    assert_eq!(bench.serve(&desired[1..]), 1, "what is not wanted any more goes");
+    let mut bench = bench.restart();
+    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 9)[0].service, WEB, "for want of a name");
+    assert_eq!(bench.programmer.count_flows(&FlowFilter { service: Some(WEB.to_owned()) }), 1);
+    bench.serve(&desired[1..]);
+    bench.clock.advance(TIMEOUT * 4 + 4);
+    bench.serve(&[]);
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn a_new_daemon_takes_away_what_makes_no_sense() {
+    let mut bench = Bench::new();
+    let other = service("other", &["10.96.0.11:80/tcp"], &[B]);
+    bench.serve(&[web(&[A]), other.clone()]);
+    let (web_ref, stray) = (bench.maps().services[&key(WEB)], key("10.96.0.77:80/tcp"));
+    bench.maps().watches = false;
+    bench.maps().set_service(&stray, web_ref).unwrap();
+    let config = Config { members: 4000, members_len: 500, ..bench.config(WEB) };
+    bench.maps().set_config(web_ref.index(), &config);
+    bench.maps().set_owners(&stray, &netlb_common::maps::Owners::default()).unwrap();
+
+    let mut bench = bench.restart();
+    assert_eq!(bench.programmer.maps.services.len(), 1);
+    assert!(!bench.programmer.maps.owners.contains_key(&stray));
+    bench.maps().watches = true;
+    assert_eq!(bench.serve(&[web(&[A]), other]), 2, "the old one goes, and a new one comes");
+}
+
+#[test]
+fn a_crash_in_the_middle_of_a_change_leaves_nothing_behind() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let id = bench.backend("web", A);
+    let half = Backend { port: PortBe::new(1), ..bench.programmer.maps.backend(id) };
+    bench.maps().set_backend(77, &half);
+    bench.maps().set_backend(78, &Backend { service: 9, ..half });
+    let mut bench = bench.restart();
+    assert_eq!(bench.used("BACKENDS"), 3);
+    bench.serve(&[web(&[A])]);
+    bench.rest();
+    assert_eq!(bench.used("BACKENDS"), 1);
+    assert_eq!(bench.programmer.services.len(), 1);
+}
+
+#[test]
+fn unknown_names_have_no_counters_and_no_flows() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.begin_flow(WEB, 1);
+    let stats = bench.programmer.stats(&["nobody", "web", "nobody"]);
+    assert_eq!(stats[0], ServiceStats::default());
+    assert_eq!((stats[1].service.flows, stats[1].backends[0].1.active), (1, 1));
+    let filter = FlowFilter { service: Some("nobody".to_owned()) };
+    assert_eq!(bench.programmer.count_flows(&filter), 0);
+    assert_eq!(bench.programmer.flows(&filter, 10), []);
+    assert_eq!(bench.programmer.flush_flows(&filter), 0);
+    assert_eq!(bench.programmer.stats(&[]), []);
+}
+
+#[test]
+fn flows_say_who_talks_to_whom() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A]), service("dns", &[DNS], &["10.244.0.2:53"])]);
+    bench.begin_flow(WEB, 4000);
+    bench.clock.advance(9);
+    bench.begin_flow(DNS, 4001);
+    let mut flows = bench.programmer.flows(&FlowFilter::default(), 10);
+    flows.sort_by_key(|flow| flow.client);
+    assert_eq!(flows.len(), 2);
+    let expected = crate::dataplane::Flow {
+        service: "web".to_owned(),
+        client: "10.244.9.9:4000".parse().unwrap(),
+        frontend: WEB.parse().unwrap(),
+        backend: A.parse().unwrap(),
+        state: "established".to_owned(),
+        idle_seconds: flows[0].idle_seconds,
+    };
+    assert_eq!(flows[0], expected);
+    assert!((5..14).contains(&expected.idle_seconds), "{}", expected.idle_seconds);
+    assert_eq!((flows[1].state.as_str(), flows[1].idle_seconds), ("udp-both-ways", 0));
+    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 1).len(), 1);
+    assert_eq!(bench.programmer.count_flows(&FlowFilter { service: Some("dns".to_owned()) }), 1);
+    assert_eq!(bench.used("flows"), 4);
+}
+
+#[test]
+fn a_backend_for_two_protocols_is_one_in_the_counters() {
+    let mut bench = Bench::new();
+    bench.serve(&[service("dns", &[DNS, "10.96.0.53:53/tcp"], &["10.244.0.2:53"])]);
+    bench.begin_flow(DNS, 1);
+    bench.begin_flow("10.96.0.53:53/tcp", 2);
+    let counters = crate::dataplane::BackendCounters { flows: 2, active: 2 };
+    assert_eq!(bench.stats("dns").backends, [("10.244.0.2:53".parse().unwrap(), counters)]);
+}
+
+#[test]
+fn flushed_flows_are_gone_in_both_directions() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B]), service("dns", &[DNS], &["10.244.0.2:53"])]);
+    assert!((0..20).all(|client| bench.begin_flow(WEB, client).is_some()));
+    assert!((20..25).all(|client| bench.begin_flow(DNS, client).is_some()));
+    assert_eq!(bench.programmer.maps.live(), 50);
+    assert_eq!(bench.programmer.flush_flows(&FlowFilter { service: Some("web".to_owned()) }), 20);
+    assert_eq!(bench.programmer.maps.live(), 10);
+    assert_eq!(bench.programmer.flush_flows(&FlowFilter::default()), 5);
+    assert_eq!(bench.programmer.maps.live(), 0);
+}
+
+#[test]
+fn expired_flows_never_revive() {
+    let mut bench = Bench::new();
+    bench.serve(&[service("dns", &[DNS], &["10.244.0.2:53"])]);
+    bench.begin_flow(DNS, 1);
+    bench.clock.advance(TIMEOUT + 1);
+    assert_eq!(bench.programmer.maps.live(), 0);
+    (0..256).for_each(|_| bench.tick(1));
+    bench.clock.advance((1 << 14) - 256 - TIMEOUT);
+    assert_eq!(bench.programmer.maps.live(), 0, "when the time field has come round");
+}
+
+#[test]
+fn a_shared_backend_knows_its_first_eight_frontends() {
+    let mut bench = Bench::new();
+    let services = |count: u8| -> Vec<_> {
+        (0..count).map(|n| service(&format!("s{n}"), &[&format!("10.96.1.{n}:80/tcp")], &[A])).collect()
+    };
+    bench.serve(&services(10));
+    let endpoint = key(&format!("{A}/tcp"));
+    assert_eq!(bench.programmer.maps.owners[&endpoint].0, [1, 2, 3, 4, 5, 6, 7, 8]);
+    bench.serve(&services(10)[3..]);
+    bench.rest();
+    assert_eq!(bench.programmer.maps.owners[&endpoint].0, [4, 5, 6, 7, 8, 9, 10, 0]);
+    let bench = bench.restart();
+    let mut owners = bench.programmer.maps.owners[&endpoint].0;
+    owners.sort_unstable();
+    assert_eq!(owners, [0, 4, 5, 6, 7, 8, 9, 10]);
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "for whoever asks how long it takes")]
+fn ten_thousand_services_load_and_change_quickly() {
+    let mut bench = Bench::with(Sizes {
+        services: 16_384,
+        configs: 32_832,
+        frontends: 32_769,
+        backends: 131_073,
+        owners: 131_072,
+        ring_slots: 1 << 24,
+        members: 524_288,
+        filter_bits_log2: 21,
+    });
+    bench.maps().watches = false;
+    let service = |n: u32, backends: u32| {
+        let frontend = format!("10.{}.{}.{}:80/tcp", 96 + n / 65_536, n / 256 % 256, n % 256);
+        let backends: Vec<_> = (0..backends)
+            .map(|m| n * 10 + m)
+            .map(|m| format!("10.{}.{}.{}:8080", 128 + m / 65_536, m / 256 % 256, m % 256))
+            .collect();
+        let backends: Vec<_> = backends.iter().map(String::as_str).collect();
+        service(&format!("service-{n}"), &[&frontend], &backends)
+    };
+    let mut desired: Vec<_> = (0..10_000).map(|n| service(n, 10)).collect();
+    let report = bench.apply(&desired);
+    assert_eq!((report.failed.len(), report.changed), (0, 10_000));
+    println!("10 000 services of 10 backends: loaded in {:?}", report.took);
+    desired[5000] = service(5000, 9);
+    let report = bench.apply(&desired);
+    assert_eq!(report.changed, 1);
+    println!("one change: {:?}", report.took);
+    println!("no change: {:?}", bench.apply(&desired).took);
+    let start = Instant::now();
+    let names: Vec<_> = desired.iter().map(|desired| desired.service.name()).collect();
+    assert_eq!(bench.programmer.stats(&names).len(), 10_000);
+    println!("counters of all: {:?}", start.elapsed());
+    let start = Instant::now();
+    let mut bench = bench.restart();
+    println!("taken over by the next daemon in {:?}", start.elapsed());
+    let report = bench.apply(&desired);
+    assert_eq!((report.failed.len(), report.changed), (0, 0));
+    println!("first apply after that: {:?}", report.took);
+}
+
+/// What may happen to a data plane.
+#[derive(Clone, Debug)]
+enum Step {
+    Serve(Vec<Desired>),
+    Flow {
+        frontend: usize,
+        client: u16,
+    },
+    Tick(u32),
+    Restart,
+    /// Makes the kernel fail at some frontends: a bit each.
+    Fail {
+        switches: u8,
+        removals: u8,
+    },
+}
+
+const FRONTENDS: [&str; 6] =
+    [WEB, DNS, "10.96.0.10:443/tcp", "10.96.0.53:53/tcp", "10.96.0.11:80/tcp", "10.96.0.11:80/udp"];
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let backend = (1..6_u8, prop_oneof![Just(""), Just("*2"), Just("*7"), Just(" draining")]);
+    let backends = prop::collection::btree_map(backend.0, backend.1, 0..5);
+    let algorithm = prop_oneof![Just(Algorithm::Maglev), Just(Algorithm::Random), Just(Algorithm::RoundRobin)];
+    // Each frontend goes to one of the services, or to none.
+    let owners = prop::collection::vec(0..5_usize, FRONTENDS.len());
+    let desired = (owners, prop::collection::vec((backends, algorithm), 4)).prop_map(|(owners, services)| {
+        let desired = services.into_iter().enumerate().filter_map(|(number, (backends, algorithm))| {
+            let mine = |(frontend, owner): (&&'static str, &usize)| (*owner == number).then_some(*frontend);
+            let frontends: Vec<_> = FRONTENDS.iter().zip(&owners).filter_map(mine).collect();
+            let backends: Vec<_> =
+                backends.into_iter().map(|(host, suffix)| format!("10.244.0.{host}:8080{suffix}")).collect();
+            let backends: Vec<_> = backends.iter().map(String::as_str).collect();
+            let name = format!("s{number}");
+            (!frontends.is_empty()).then(|| with_algorithm(&name, &frontends, &backends, algorithm))
+        });
+        desired.collect::<Vec<_>>()
+    });
+    let step = prop_oneof![
+        4 => desired.prop_map(Step::Serve),
+        3 => (0..FRONTENDS.len(), any::<u16>()).prop_map(|(frontend, client)| Step::Flow { frontend, client }),
+        3 => prop_oneof![0..8_u32, Just(TIMEOUT * 2), Just(TIMEOUT * 5)].prop_map(Step::Tick),
+        1 => Just(Step::Restart),
+        1 => (any::<u8>(), any::<u8>()).prop_map(|(switches, removals)| {
+            Step::Fail { switches: switches & removals, removals: removals & removals.rotate_left(3) }
+        }),
+    ];
+    prop::collection::vec(step, 1..40)
+}
+
+/// The maps in memory watch every write on the way.
+fn run(sizes: Sizes, steps: Vec<Step>, may_fail: bool) {
+    let mut bench = Bench::with(sizes);
+    for step in steps {
+        match step {
+            Step::Serve(desired) => {
+                let report = bench.apply(&desired);
+                assert!(may_fail || report.failed.is_empty(), "{report:?}");
+                if report.failed.is_empty() {
+                    bench.assert_serves(&desired);
+                    bench.log();
+                    assert_eq!(bench.apply(&desired).changed, 0);
+                    assert_eq!(bench.log(), [], "a second time");
+                }
+                let failed: HashSet<_> = report.failed.iter().map(|(name, _)| name.as_str()).collect();
+                let fine = desired.iter().filter(|desired| !failed.contains(desired.service.name()));
+                fine.for_each(|desired| bench.assert_served(&desired.service));
+            }
+            Step::Flow { frontend, client } => {
+                bench.begin_flow(FRONTENDS[frontend], client);
+            }
+            Step::Tick(ticks) => bench.tick(ticks),
+            Step::Restart => bench = bench.restart(),
+            Step::Fail { switches, removals } if may_fail => {
+                let pick = |bits: u8| (0..6).filter(move |n| bits >> n & 1 != 0).map(|n| key(FRONTENDS[n])).collect();
+                bench.maps().broken = pick(switches);
+                bench.maps().stuck = pick(removals);
+            }
+            Step::Fail { .. } => {}
+        }
+    }
+    bench.maps().broken.clear();
+    bench.maps().stuck.clear();
+    assert_eq!(bench.apply(&[]).failed, []);
+    bench.clock.advance(TIMEOUT * 4 + 4);
+    bench.rest();
+    bench.assert_empty();
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_packets_see_whole_services(steps in steps()) {
+        run(ROOMY, steps, false);
+    }
+
+    #[test]
+    fn with_errors_as_well(steps in steps()) {
+        run(ROOMY, steps, true);
+    }
+
+    #[test]
+    fn with_too_little_room_as_well(
+        steps in steps(),
+        services in 2..8_u32,
+        configs in 3..12_u32,
+        frontends in 3..12_u32,
+        backends in 3..20_u32,
+        owners in 2..12_u32,
+        lines in 8..80_u32,
+        members in 2..12_u32,
+    ) {
+        let sizes = Sizes {
+            services, configs, frontends, backends, owners, ring_slots: lines * 32, members: members * 16, ..ROOMY
+        };
+        run(sizes, steps, true);
+    }
+}

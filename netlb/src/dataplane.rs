@@ -1,0 +1,139 @@
+//! What the control loop asks of the data plane, as a trait, so that the API, the CLI and their tests run without a kernel.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Frontend, Owner, Service};
+
+/// A service that is wanted, and the source that wants it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Desired {
+    pub service: Service,
+    pub owner: Owner,
+}
+
+/// What became of one [`Dataplane::apply`]. Services that failed keep what they had before.
+#[derive(Clone, Debug, Default)]
+pub struct ApplyReport {
+    /// Service name and what went wrong with it.
+    pub failed: Vec<(String, ApplyError)>,
+    /// Services added, changed or removed.
+    pub changed: usize,
+    pub took: Duration,
+}
+
+/// Why a service could not be programmed.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum ApplyError {
+    #[error("map {map} is full ({size} entries); raise `{option}` in the configuration file and restart netlb")]
+    MapFull { map: &'static str, size: u64, option: &'static str },
+    #[error("{0}")]
+    Kernel(String),
+}
+
+/// Packets and bytes, client to backend (`in`) and back (`out`).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct ServiceCounters {
+    pub flows: u64,
+    pub packets_in: u64,
+    pub bytes_in: u64,
+    pub packets_out: u64,
+    pub bytes_out: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct BackendCounters {
+    /// Flows sent to the backend since it was added.
+    pub flows: u64,
+    /// Flows that live now.
+    pub active: u64,
+}
+
+/// The counters of one service and of its backends, those that still drain after their removal included.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct ServiceStats {
+    pub service: ServiceCounters,
+    pub backends: Vec<(SocketAddr, BackendCounters)>,
+}
+
+/// One connection, seen from its client.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Flow {
+    pub service: String,
+    pub client: SocketAddr,
+    pub frontend: Frontend,
+    pub backend: SocketAddr,
+    /// `syn-sent`, `established`, `udp-both`, …
+    pub state: String,
+    /// Seconds since a packet was last noted (to about four seconds).
+    pub idle_seconds: u64,
+}
+
+/// Which flows a listing or a flush means.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct FlowFilter {
+    /// Service name.
+    pub service: Option<String>,
+}
+
+/// A counter of the data plane: verdict reasons and events.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Counter {
+    pub name: String,
+    pub description: String,
+    pub value: u64,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct MapStatus {
+    pub name: String,
+    pub entries: u64,
+    pub max_entries: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    pub name: String,
+    pub index: u32,
+    /// `pod`, `uplink` or `bridge`.
+    pub role: String,
+    /// `tcx` or `clsact`, or empty where nothing is attached.
+    pub hook: String,
+    /// Why nothing is attached, where that is so.
+    pub problem: Option<String>,
+}
+
+/// What the data plane says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DataplaneStatus {
+    pub forwarding: String,
+    pub interfaces: Vec<InterfaceStatus>,
+    pub maps: Vec<MapStatus>,
+    pub counters: Vec<Counter>,
+    /// Things an operator should look at: globs that match nothing, `ip_forward = 0`, …
+    pub warnings: Vec<String>,
+    /// Seconds it took to load everything from nothing at start.
+    pub load_seconds: f64,
+    /// Bytes of kernel memory in all maps.
+    pub kernel_bytes: u64,
+}
+
+/// The data plane as the control loop sees it. Calls block; the daemon runs them off its event loop.
+pub trait Dataplane: Send {
+    /// Makes the data plane serve exactly these services. Idempotent; a failure stays with its service.
+    fn apply(&mut self, desired: &[Desired]) -> ApplyReport;
+    /// The counters of the services with these names, in their order; unknown names give zeroes.
+    fn stats(&self, services: &[&str]) -> Vec<ServiceStats>;
+    fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow>;
+    fn count_flows(&self, filter: &FlowFilter) -> u64;
+    /// Removes flows and says how many they were.
+    fn flush_flows(&mut self, filter: &FlowFilter) -> u64;
+    fn status(&self) -> DataplaneStatus;
+    /// Called about once a second: expired flows, drained backends, routes and neighbours that changed.
+    fn tick(&mut self, now: SystemTime);
+}

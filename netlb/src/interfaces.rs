@@ -1,0 +1,196 @@
+//! The interfaces that carry service traffic, followed live.
+//!
+//! A thread of its own, in the network namespace of the daemon, holds the kernel's list of interfaces and hears of every change. What
+//! matches the configuration's patterns is announced to the programs and gets them attached; what no longer does, or is gone, loses them.
+//! An interface that matches nothing is never touched. [`Follower`] decides, and [`Hooks`] is all it knows of the data plane.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use netlb_common::maps::Interface;
+use tokio::{
+    runtime,
+    sync::oneshot,
+    time::{Instant, MissedTickBehavior},
+};
+
+use self::{
+    follower::Follower,
+    netlink::{Event, Netlink},
+};
+use crate::{config::Node, dataplane::InterfaceStatus};
+
+mod follower;
+mod link;
+mod netlink;
+
+/// What cannot be attached is tried again after this long.
+const RETRY: Duration = Duration::from_secs(3);
+/// All interfaces are listed and looked after again this often, in case somebody took our programs off.
+const LIST: Duration = Duration::from_secs(60);
+
+/// What the data plane does to an interface. Everything can be repeated.
+pub(crate) trait Hooks: Send {
+    /// Interfaces with something of ours, from a daemon before this one too.
+    fn known(&self) -> BTreeSet<u32>;
+    /// Tells the programs what an interface is.
+    fn announce(&mut self, index: u32, interface: Interface) -> io::Result<()>;
+    fn withdraw(&mut self, index: u32) -> io::Result<()>;
+    /// Attaches the programs, or makes sure that they are, and says through what.
+    fn attach(&mut self, index: u32) -> io::Result<&'static str>;
+    /// Takes everything off an interface that may be gone.
+    fn detach(&mut self, index: u32) -> io::Result<()>;
+}
+
+/// The interfaces that match, and what an operator should know of them.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Status {
+    pub(crate) interfaces: Vec<InterfaceStatus>,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// The thread that follows them. On drop it ends, and what is attached stays.
+#[derive(Debug)]
+pub(crate) struct Interfaces {
+    status: Arc<Mutex<Status>>,
+    /// Sent to once: what to drop when everything is attached.
+    attach: Option<oneshot::Sender<mpsc::Sender<()>>>,
+    /// Dropped to end the thread.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Interfaces {
+    /// Opens the connections to the kernel, and does nothing more before [`attach`](Self::attach).
+    pub(crate) fn open(node: &Node, hooks: Box<dyn Hooks>) -> anyhow::Result<Self> {
+        let status = Arc::new(Mutex::new(Status::default()));
+        let (attach, attached) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel();
+        let (opened, is_open) = mpsc::channel();
+        let follower = Follower::new(node.clone(), hooks);
+        let shared = Arc::clone(&status);
+        let run = move || {
+            let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(opened.send(Err(error))),
+            };
+            runtime.block_on(async {
+                let netlink = match Netlink::open() {
+                    Ok(netlink) => netlink,
+                    Err(error) => return drop(opened.send(Err(error))),
+                };
+                // Whoever waits for it is waiting still.
+                drop(opened.send(Ok(())));
+                tokio::select! {
+                    () = follow(follower, netlink, attached, &shared) => {}
+                    _ = stopped => {}
+                }
+            });
+        };
+        let thread = thread::Builder::new().name("interfaces".to_owned()).spawn(run);
+        let thread = thread.context("cannot start the thread that follows interfaces")?;
+        is_open
+            .recv()
+            .context("the thread that follows interfaces ended")?
+            .context("cannot ask the kernel for its interfaces")?;
+        Ok(Self { status, attach: Some(attach), stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Attaches the programs to the interfaces that are there, and to others as they come. Returns when the former is done.
+    pub(crate) fn attach(&mut self) {
+        let (done, is_done) = mpsc::channel();
+        if self.attach.take().is_some_and(|attach| attach.send(done).is_ok()) {
+            // Nothing is sent: the other end is dropped when it is done.
+            let _ = is_done.recv();
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Interfaces {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Follows interfaces for ever, once told to begin.
+async fn follow(
+    mut follower: Follower,
+    mut netlink: Netlink,
+    begin: oneshot::Receiver<mpsc::Sender<()>>,
+    status: &Mutex<Status>,
+) {
+    let publish = |follower: &Follower| {
+        *status.lock().unwrap_or_else(PoisonError::into_inner) = follower.status();
+    };
+    let Ok(begun) = begin.await else { return };
+    list(&mut follower, &mut netlink).await;
+    publish(&follower);
+    drop(begun);
+    let mut retry = tokio::time::interval_at(Instant::now() + RETRY, RETRY);
+    let mut relist = tokio::time::interval_at(Instant::now() + LIST, LIST);
+    for interval in [&mut retry, &mut relist] {
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
+    loop {
+        tokio::select! {
+            biased;
+            event = netlink.next() => match event {
+                Event::Changed(link) => {
+                    let ask = follower.peers_of_changed(&link);
+                    follower.change(link);
+                    refresh(&mut follower, &netlink, ask).await;
+                }
+                Event::Gone(index) => {
+                    let ask = follower.peers_of_gone(index);
+                    follower.remove(index);
+                    refresh(&mut follower, &netlink, ask).await;
+                }
+                Event::Lost => list(&mut follower, &mut netlink).await,
+                Event::Ended => {
+                    tracing::error!("the kernel's messages about interfaces ended; asking again");
+                    tokio::time::sleep(RETRY).await;
+                    match Netlink::open() {
+                        Ok(opened) => netlink = opened,
+                        Err(error) => tracing::error!("cannot ask the kernel for its interfaces: {error}"),
+                    }
+                    list(&mut follower, &mut netlink).await;
+                }
+            },
+            _ = retry.tick() => follower.retry(),
+            _ = relist.tick() => list(&mut follower, &mut netlink).await,
+        }
+        publish(&follower);
+    }
+}
+
+/// Takes the kernel's list for the truth.
+async fn list(follower: &mut Follower, netlink: &mut Netlink) {
+    match netlink.list().await {
+        Ok(links) => follower.replace(links),
+        Err(error) => tracing::error!("cannot list interfaces: {error}"),
+    }
+}
+
+/// Asks for interfaces of which the kernel does not tell by itself that they changed.
+async fn refresh(follower: &mut Follower, netlink: &Netlink, indexes: Vec<u32>) {
+    for index in indexes {
+        // One that is gone meanwhile is reported so.
+        if let Ok(Some(link)) = netlink.get(index).await {
+            follower.change(link);
+        }
+    }
+}

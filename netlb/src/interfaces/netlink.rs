@@ -1,0 +1,191 @@
+//! What the kernel says of its interfaces.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+};
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use rtnetlink::{
+    Handle, MulticastGroup,
+    packet_core::{NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
+    },
+    sys::AsyncSocket as _,
+};
+use tokio::task::JoinHandle;
+
+use super::link::{Kind, Link};
+
+/// Room for news while we are busy: some thousand messages.
+static BUFFER: libc::c_int = 4 << 20;
+
+/// A change of the interfaces.
+#[derive(Debug)]
+pub(super) enum Event {
+    Changed(Link),
+    Gone(u32),
+    /// There were more changes than the socket had room for.
+    Lost,
+    /// There will be no more events.
+    Ended,
+}
+
+/// Two connections, so that an answer is not lost among the news.
+pub(super) struct Netlink {
+    news: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
+    requests: Handle,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Netlink {
+    /// Has to be called within the runtime. From here on no change is missed.
+    pub(super) fn open() -> io::Result<Self> {
+        let (mut listening, _, news) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
+        if let Err(error) = enlarge(listening.socket_mut().socket_mut().as_fd()) {
+            tracing::debug!("cannot enlarge the buffer for news of interfaces: {error}");
+        }
+        let (asking, requests, _) = rtnetlink::new_connection()?;
+        let news = news.map(|(message, _)| message).boxed();
+        Ok(Self { news, requests, tasks: [tokio::spawn(listening), tokio::spawn(asking)] })
+    }
+
+    /// Waits for the next change.
+    pub(super) async fn next(&mut self) -> Event {
+        loop {
+            let Some(message) = self.news.next().await else { return Event::Ended };
+            match message.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
+                    if let Some(link) = read(&message) {
+                        return Event::Changed(link);
+                    }
+                }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message)) if is_whole(&message) => {
+                    return Event::Gone(message.header.index);
+                }
+                NetlinkPayload::Overrun(_) => return Event::Lost,
+                _ => {}
+            }
+        }
+    }
+
+    /// All interfaces. News that are older than the list and come after it do no harm: what made them old comes as well.
+    pub(super) async fn list(&self) -> io::Result<Vec<Link>> {
+        let request = self.requests.link().get();
+        let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+        let messages: Vec<_> = request.execute().try_collect().await.map_err(io::Error::other)?;
+        Ok(messages.iter().filter_map(read).collect())
+    }
+
+    pub(super) async fn get(&self, index: u32) -> io::Result<Option<Link>> {
+        let mut messages = Box::pin(self.requests.link().get().match_index(index).execute());
+        let message = messages.try_next().await.map_err(io::Error::other)?;
+        Ok(message.as_ref().and_then(read))
+    }
+}
+
+/// Makes a socket's receive buffer larger than net.core.rmem_max allows those without privileges.
+fn enlarge(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let value: *const libc::c_int = &raw const BUFFER;
+    let len = size_of_val(&BUFFER) as libc::socklen_t;
+    // SAFETY: the option's value is an int, alive for the call.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, value.cast(), len) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether a message is about an interface as such. The same group carries what a bridge says of its ports (a port that leaves is reported
+/// as a deleted link!), and what a wireless interface says, which leaves out most of it.
+fn is_whole(message: &LinkMessage) -> bool {
+    message.header.interface_family == AddressFamily::Unspec
+        && !message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::Wireless(_)))
+}
+
+fn read(message: &LinkMessage) -> Option<Link> {
+    if !is_whole(message) {
+        return None;
+    }
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        kind: Kind::Other,
+        master: None,
+        peer: None,
+        peer_is_elsewhere: false,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::Link(index) => link.peer = Some(*index),
+            LinkAttribute::LinkNetNsId(_) => link.peer_is_elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(InfoKind::Veth | InfoKind::Netkit) => link.kind = Kind::Pair,
+                        LinkInfo::Kind(InfoKind::Bridge) => link.kind = Kind::Bridge,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    (!link.name.is_empty()).then_some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(attributes: Vec<LinkAttribute>) -> LinkMessage {
+        let mut message = LinkMessage::default();
+        message.header.index = 9;
+        message.header.link_layer_type = LinkLayerType::Ether;
+        message.attributes = attributes;
+        message
+    }
+
+    fn name() -> LinkAttribute {
+        LinkAttribute::IfName("veth0".to_owned())
+    }
+
+    #[test]
+    fn a_pod_interface_is_read() {
+        let link = read(&message(vec![
+            name(),
+            LinkAttribute::Controller(5),
+            LinkAttribute::Link(2),
+            LinkAttribute::LinkNetNsId(0),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]),
+        ]));
+        let expected = Link {
+            index: 9,
+            name: "veth0".to_owned(),
+            is_ethernet: true,
+            kind: Kind::Pair,
+            master: Some(5),
+            peer: Some(2),
+            peer_is_elsewhere: true,
+        };
+        assert_eq!(link, Some(expected));
+    }
+
+    #[test]
+    fn what_a_bridge_says_of_its_ports_is_not_about_the_interface() {
+        let mut port = message(vec![name(), LinkAttribute::Controller(5)]);
+        port.header.interface_family = AddressFamily::Bridge;
+        assert!(!is_whole(&port) && read(&port).is_none());
+    }
+}

@@ -1,0 +1,313 @@
+//! What the API answers and the CLI shows: one set of structs for the wire, for `-o json` and for the tables.
+//!
+//! Keys are part of `netlb/v1` and never change within it. Numbers are raw, times RFC 3339.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{
+    dataplane::{BackendCounters, Desired, Flow, ServiceStats},
+    desired::{Claim, Conflict, Done},
+    model::{Algorithm, Frontend, Owner},
+};
+
+pub const API_VERSION: &str = "netlb/v1";
+
+/// The envelope lists come in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct List<T> {
+    #[schema(example = "netlb/v1")]
+    pub api_version: String,
+    pub items: Vec<T>,
+}
+
+impl<T> List<T> {
+    #[must_use]
+    pub fn new(items: Vec<T>) -> Self {
+        Self { api_version: API_VERSION.to_owned(), items }
+    }
+}
+
+/// A service with its backends and counters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceView {
+    pub name: String,
+    #[schema(value_type = Vec<String>)]
+    pub frontends: Vec<Frontend>,
+    #[schema(value_type = String)]
+    pub algorithm: Algorithm,
+    /// `file` or `api`
+    #[schema(value_type = String)]
+    pub owner: Owner,
+    pub backends: Vec<BackendView>,
+    /// Flows since the service was added
+    pub flows: u64,
+    /// Flows that live now
+    pub active_flows: u64,
+    pub packets_in: u64,
+    pub bytes_in: u64,
+    pub packets_out: u64,
+    pub bytes_out: u64,
+    /// Why the data plane does not have it as it is here
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A backend of a service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BackendView {
+    #[schema(value_type = String)]
+    pub address: SocketAddr,
+    /// 0 for a backend that was removed and still has flows
+    pub weight: u16,
+    /// `active`, `draining`, or `removed` while it still has flows
+    pub state: String,
+    /// Flows since the backend was added
+    pub flows: u64,
+    /// Flows that live now
+    pub active_flows: u64,
+}
+
+impl BackendView {
+    pub const REMOVED: &str = "removed";
+
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.state == "active"
+    }
+}
+
+impl ServiceView {
+    #[must_use]
+    pub fn new(desired: &Desired, stats: ServiceStats, problem: Option<String>) -> Self {
+        let Desired { service, owner } = desired;
+        let ServiceStats { service: counters, backends: backend_counters } = stats;
+        let by_address: HashMap<SocketAddr, BackendCounters> = backend_counters.iter().copied().collect();
+        let view = |address, weight, state: String, counters: BackendCounters| BackendView {
+            address,
+            weight,
+            state,
+            flows: counters.flows,
+            active_flows: counters.active,
+        };
+        let mut backends: Vec<_> = service
+            .backends()
+            .iter()
+            .map(|backend| {
+                let counters = by_address.get(&backend.address).copied().unwrap_or_default();
+                view(backend.address, backend.weight.get(), backend.state.to_string(), counters)
+            })
+            .collect();
+        let known: HashSet<_> = service.backends().iter().map(|backend| backend.address).collect();
+        let removed =
+            backend_counters.iter().filter(|(address, counters)| !known.contains(address) && counters.active > 0);
+        backends
+            .extend(removed.map(|(address, counters)| view(*address, 0, BackendView::REMOVED.to_owned(), *counters)));
+        Self {
+            name: service.name().to_owned(),
+            frontends: service.frontends().to_vec(),
+            algorithm: service.algorithm(),
+            owner: *owner,
+            flows: counters.flows,
+            active_flows: backends.iter().map(|backend| backend.active_flows).sum(),
+            packets_in: counters.packets_in,
+            bytes_in: counters.bytes_in,
+            packets_out: counters.packets_out,
+            bytes_out: counters.bytes_out,
+            backends,
+            problem,
+        }
+    }
+
+    /// Backends that take new flows.
+    #[must_use]
+    pub fn active_backends(&self) -> usize {
+        self.backends.iter().filter(|backend| backend.is_active()).count()
+    }
+
+    /// Backends that are configured, and not only finishing their flows.
+    #[must_use]
+    pub fn configured_backends(&self) -> usize {
+        self.backends.iter().filter(|backend| backend.state != BackendView::REMOVED).count()
+    }
+}
+
+/// A connection, seen from its client.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowView {
+    pub service: String,
+    #[schema(value_type = String)]
+    pub client: SocketAddr,
+    #[schema(value_type = String)]
+    pub frontend: Frontend,
+    #[schema(value_type = String)]
+    pub backend: SocketAddr,
+    /// `syn-sent`, `established`, `udp-both`, …
+    pub state: String,
+    /// Seconds since a packet was last noted (to about four seconds)
+    pub idle_seconds: u64,
+}
+
+impl From<Flow> for FlowView {
+    fn from(Flow { service, client, frontend, backend, state, idle_seconds }: Flow) -> Self {
+        Self { service, client, frontend, backend, state, idle_seconds }
+    }
+}
+
+/// A number of flows.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FlowCount {
+    pub count: u64,
+}
+
+/// What a transaction did, or with `dryRun` would do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ApplyResult {
+    pub dry_run: bool,
+    pub created: Vec<String>,
+    pub updated: Vec<String>,
+    pub unchanged: Vec<String>,
+    pub removed: Vec<String>,
+}
+
+impl ApplyResult {
+    #[must_use]
+    pub fn new(Done { created, updated, unchanged, removed }: Done, dry_run: bool) -> Self {
+        Self { dry_run, created, updated, unchanged, removed }
+    }
+}
+
+/// The daemon and its data plane.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusView {
+    pub api_version: String,
+    pub version: String,
+    pub pid: u32,
+    pub started: String,
+    pub uptime_seconds: u64,
+    pub services: u64,
+    pub backends: u64,
+    /// Seconds it took to load the data plane at start
+    pub load_seconds: f64,
+    /// Kernel memory of all maps
+    pub kernel_bytes: u64,
+    /// `fast` or `stack`
+    pub forwarding: String,
+    /// The fill of the flow table; a connection takes two entries
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow_table: Option<MapView>,
+    pub maps: Vec<MapView>,
+    pub interfaces: Vec<InterfaceView>,
+    pub counters: Vec<CounterView>,
+    pub warnings: Vec<String>,
+    /// The last time the configuration file was read
+    pub reload: ReloadView,
+    /// Services the data plane does not have as they are wanted
+    pub out_of_sync: Vec<OutOfSync>,
+    /// Claims of one source that another's service stands against
+    pub conflicts: Vec<ConflictView>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MapView {
+    pub name: String,
+    pub entries: u64,
+    pub max_entries: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InterfaceView {
+    pub name: String,
+    pub index: u32,
+    /// `pod`, `uplink` or `bridge`
+    pub role: String,
+    /// `tcx` or `clsact`, or empty where nothing is attached
+    pub hook: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CounterView {
+    pub name: String,
+    pub description: String,
+    pub value: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReloadView {
+    pub file: String,
+    pub ok: bool,
+    /// What was wrong with the file; the services before it stay
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    pub time: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OutOfSync {
+    pub service: String,
+    pub problem: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ConflictView {
+    pub service: String,
+    #[schema(value_type = String)]
+    pub owner: Owner,
+    /// The frontend that two services claim; without one, it is the name
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub frontend: Option<Frontend>,
+    pub held_by: String,
+    #[schema(value_type = String)]
+    pub held_by_owner: Owner,
+}
+
+impl From<&Conflict> for ConflictView {
+    fn from(conflict: &Conflict) -> Self {
+        Self {
+            service: conflict.service.clone(),
+            owner: conflict.owner,
+            frontend: match conflict.claim {
+                Claim::Name => None,
+                Claim::Frontend(frontend) => Some(frontend),
+            },
+            held_by: conflict.held_by.clone(),
+            held_by_owner: conflict.held_by_owner,
+        }
+    }
+}
+
+/// An error, in the shape the API answers it and `-o json` prints it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorView {
+    pub error: ErrorBody,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    #[schema(example = "not_found")]
+    pub code: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}

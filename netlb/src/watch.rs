@@ -1,0 +1,203 @@
+//! The configuration file over time: read, and watched for changes.
+//!
+//! The directory is watched, not the file: editors write a new file and rename it, and a ConfigMap swaps a symbolic link beside it.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode},
+};
+use tokio::sync::watch;
+
+use crate::config::{Config, ConfigError, Diagnostic};
+
+/// A file is read when it was left alone for this long.
+const QUIET: Duration = Duration::from_millis(100);
+/// A file that is written again and again is read after this long all the same.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// A configuration file and what it said last.
+#[derive(Debug)]
+pub struct ConfigFile {
+    path: PathBuf,
+    text: Option<String>,
+}
+
+/// Says when something happened in the file's directory.
+#[derive(Debug)]
+pub struct Changes {
+    /// Kept: without it the watch ends.
+    _watcher: Option<RecommendedWatcher>,
+    events: watch::Receiver<()>,
+    /// Something happened that was not told yet.
+    pending: bool,
+}
+
+impl ConfigFile {
+    /// Reads a file for the first time.
+    pub fn open(path: &Path) -> Result<(Self, Config), ConfigError> {
+        let mut file = Self { path: path.to_owned(), text: None };
+        let text = file.read_text()?;
+        let config = Config::parse(&file.name(), &text)?;
+        file.text = Some(text);
+        Ok((file, config))
+    }
+
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// Reads the file again.
+    pub fn read(&mut self) -> Result<Config, ConfigError> {
+        let text = self.read_text();
+        // Remembered also when it is wrong: the same error need not be told twice.
+        self.text = text.as_ref().ok().cloned();
+        let text = text?;
+        if text.trim().is_empty() {
+            // What a file looks like between being opened for writing and being written.
+            let empty = Diagnostic::new(&self.name(), &text, 0..0, "the file is empty: half written?")
+                .with_help("a file with a comment in it is taken for one without services");
+            return Err(ConfigError::Invalid(Box::new(empty)));
+        }
+        Config::parse(&self.name(), &text)
+    }
+
+    /// Reads the file again if it says something else than before.
+    pub fn read_if_changed(&mut self) -> Option<Result<Config, ConfigError>> {
+        let text = self.read_text().ok();
+        (text != self.text).then(|| self.read())
+    }
+
+    /// Watches the file's directory. Where that cannot be done, nothing is ever said; SIGHUP still works.
+    #[must_use]
+    pub fn watch(&self) -> Changes {
+        let (sender, events) = watch::channel(());
+        let handler = move |event: notify::Result<Event>| {
+            // An error means that events were lost, so look.
+            if event.is_ok_and(|event| is_read_only(event.kind)) {
+                return;
+            }
+            // Nobody listens any more when the daemon stops.
+            let _ = sender.send(());
+        };
+        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
+            watcher.watch(directory, RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        if let Err(error) = &watcher {
+            tracing::warn!("cannot watch {}: {error}; send SIGHUP after a change", directory.display());
+        }
+        Changes { _watcher: watcher.ok(), events, pending: false }
+    }
+
+    fn read_text(&self) -> Result<String, ConfigError> {
+        std::fs::read_to_string(&self.path).map_err(|source| ConfigError::Read { path: self.path.clone(), source })
+    }
+}
+
+impl Changes {
+    /// Returns when something changed and is quiet again. Nothing is lost when the wait is given up.
+    pub async fn changed(&mut self) {
+        if !self.pending {
+            if self.events.changed().await.is_err() {
+                // There is no watcher.
+                return std::future::pending().await;
+            }
+            self.pending = true;
+        }
+        let quiet = async {
+            while tokio::time::timeout(QUIET, self.events.changed()).await.is_ok_and(|event| event.is_ok()) {}
+        };
+        // Quiet or not, it is time.
+        drop(tokio::time::timeout(LONGEST_WAIT, quiet).await);
+        self.pending = false;
+    }
+}
+
+/// Whether an event came from somebody reading, as we do ourselves.
+fn is_read_only(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const ONE: &str = "[[service]]\nfrontend = \"10.96.0.1:80/tcp\"\n";
+
+    async fn changed(changes: &mut Changes) -> bool {
+        tokio::time::timeout(Duration::from_secs(3), changes.changed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn a_file_renamed_into_place_is_noticed_and_reading_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("netlb.toml");
+        fs::write(&path, "# nothing\n").unwrap();
+        let (mut file, config) = ConfigFile::open(&path).unwrap();
+        assert!(config.services.is_empty());
+        let mut changes = file.watch();
+        let temporary = directory.path().join("x");
+        fs::write(&temporary, ONE).unwrap();
+        fs::rename(&temporary, &path).unwrap();
+        assert!(changed(&mut changes).await);
+        assert_eq!(file.read_if_changed().unwrap().unwrap().services.len(), 1);
+        assert!(file.read_if_changed().is_none());
+        assert!(tokio::time::timeout(Duration::from_millis(300), changes.changed()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_swapped_symbolic_link_beside_the_file_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for (version, text) in [("v1", "# nothing\n"), ("v2", ONE)] {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("netlb.toml"), text).unwrap();
+        }
+        std::os::unix::fs::symlink("v1", at("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/netlb.toml", at("netlb.toml")).unwrap();
+        let (mut file, _) = ConfigFile::open(&at("netlb.toml")).unwrap();
+        let mut changes = file.watch();
+        std::os::unix::fs::symlink("v2", at("..tmp")).unwrap();
+        fs::rename(at("..tmp"), at("..data")).unwrap();
+        assert!(changed(&mut changes).await);
+        assert_eq!(file.read_if_changed().unwrap().unwrap().services.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_given_up_loses_no_change() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("netlb.toml");
+        fs::write(&path, "# nothing\n").unwrap();
+        let (file, _) = ConfigFile::open(&path).unwrap();
+        let mut changes = file.watch();
+        fs::write(&path, ONE).unwrap();
+        // Long enough to have seen the event, too short for the quiet after it.
+        assert!(tokio::time::timeout(QUIET / 2, changes.changed()).await.is_err());
+        assert!(changed(&mut changes).await);
+    }
+
+    #[test]
+    fn an_empty_or_missing_file_is_an_error_and_told_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("netlb.toml");
+        fs::write(&path, ONE).unwrap();
+        let (mut file, _) = ConfigFile::open(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        assert!(file.read_if_changed().unwrap().unwrap_err().summary().ends_with("the file is empty: half written?"));
+        assert!(file.read_if_changed().is_none());
+        fs::remove_file(&path).unwrap();
+        assert!(matches!(file.read_if_changed().unwrap(), Err(ConfigError::Read { .. })));
+        assert!(file.read_if_changed().is_none());
+        fs::write(&path, ONE).unwrap();
+        assert_eq!(file.read_if_changed().unwrap().unwrap().services.len(), 1);
+    }
+}
