@@ -178,7 +178,7 @@ pub struct Interface {
 }
 
 impl Interface {
-    /// A veth (or netkit) device whose other end is in another network namespace: `bpf_redirect_peer` reaches it.
+    /// A pod's veth (or netkit) device, whose other end is in another network namespace: `bpf_redirect_peer` reaches the pod.
     pub const PEER: u8 = 1;
 }
 

@@ -308,7 +308,7 @@ impl Place {
 
     #[inline(always)]
     pub fn slot<S: Storage + ?Sized>(self, storage: &S) -> Option<&Slot> {
-        let bucket = storage.bucket(self.0 / SLOTS as u32 & storage.mask())?;
+        let bucket = storage.bucket((self.0 / SLOTS as u32) & storage.mask())?;
         Some(&bucket.slots[self.0 as usize % SLOTS])
     }
 }
@@ -454,7 +454,7 @@ impl Scan {
 
     #[inline(always)]
     const fn new(kind: u64, slot: u64, worth: u32) -> Self {
-        Self((worth as u64) << Self::WORTH_SHIFT | kind | slot)
+        Self(((worth as u64) << Self::WORTH_SHIFT) | kind | slot)
     }
 
     #[inline(always)]

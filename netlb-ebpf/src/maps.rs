@@ -54,7 +54,7 @@ static CURSORS: Array<Tally, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 #[btf_map]
-static INTERFACES: HashMap<u32, Interface, 4096, NO_PREALLOC> = HashMap::new();
+static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();

@@ -67,7 +67,7 @@ pub struct Flow {
     pub client: SocketAddr,
     pub frontend: Frontend,
     pub backend: SocketAddr,
-    /// `syn-sent`, `established`, `udp-both`, …
+    /// `syn-sent`, `established`, `udp-both-ways`, …
     pub state: String,
     /// Seconds since a packet was last noted (to about four seconds).
     pub idle_seconds: u64,

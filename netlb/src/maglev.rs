@@ -24,9 +24,10 @@ const FREE: u16 = u16::MAX;
 /// Rings that are worth a second thread.
 const PARALLEL: usize = 64;
 
-/// The backends of a service that take new flows, in the order in which its ring numbers them.
+/// The backends of a service, in the order in which its ring numbers them: those that take new flows, then those that drain. The latter
+/// are in no ring, but a connection that lost its place in the flow table is looked for at them as well.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(crate) struct Members(Vec<Member>);
+pub(crate) struct Members(Vec<Member>, Vec<SocketAddr>);
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Member {
@@ -35,16 +36,27 @@ struct Member {
 }
 
 impl Members {
-    pub(crate) fn accepting(backends: &[Backend]) -> Self {
-        let accepts = |backend: &&Backend| backend.state == BackendState::Active;
-        let member = |backend: &Backend| Member { address: backend.address, weight: backend.weight.get().into() };
-        let mut members: Vec<_> = backends.iter().filter(accepts).map(member).collect();
-        members.sort_unstable_by_key(|member| member.address);
-        Self(members)
+    pub(crate) fn of(backends: &[Backend]) -> Self {
+        let accepts = |backend: &Backend| backend.state == BackendState::Active;
+        let (mut accepting, mut draining) = (Vec::with_capacity(backends.len()), Vec::new());
+        for backend in backends {
+            if accepts(backend) {
+                accepting.push(Member { address: backend.address, weight: backend.weight.get().into() });
+            } else {
+                draining.push(backend.address);
+            }
+        }
+        accepting.sort_unstable_by_key(|member| member.address);
+        draining.sort_unstable();
+        Self(accepting, draining)
     }
 
-    pub(crate) fn addresses(&self) -> impl ExactSizeIterator<Item = SocketAddr> {
-        self.0.iter().map(|member| member.address)
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.0.iter().map(|member| member.address).chain(self.1.iter().copied())
+    }
+
+    pub(crate) const fn len(&self) -> usize {
+        self.0.len() + self.1.len()
     }
 
     /// The members' numbers, slot by slot. No member, no slot.
@@ -207,7 +219,7 @@ mod tests {
 
     /// The backend of every slot, which is what flows see.
     fn slots(backends: &[Backend], algorithm: Algorithm) -> Vec<SocketAddr> {
-        let members = Members::accepting(backends);
+        let members = Members::of(backends);
         let addresses: Vec<_> = members.addresses().collect();
         members.ring(algorithm).into_iter().map(|member| addresses[usize::from(member)]).collect()
     }
@@ -228,7 +240,7 @@ mod tests {
 
     #[test]
     fn the_ring_is_the_smallest_with_a_hundred_slots_per_backend() {
-        let size = |count| Members::accepting(&equal(0..count)).ring(Algorithm::Maglev).len();
+        let size = |count| Members::of(&equal(0..count)).ring(Algorithm::Maglev).len();
         assert_eq!(
             [0, 1, 2, 3, 10, 11, 40, 41, 163, 164].map(size),
             [0, 251, 251, 1021, 1021, 4093, 4093, 16_381, 16_381, 65_521]
@@ -240,7 +252,7 @@ mod tests {
     fn uneven_weights_get_a_ring_that_can_tell_them_apart() {
         let size = |weights: &[u64]| {
             let backends: Vec<_> = (0..).zip(weights).map(|(number, weight)| backend(number, *weight)).collect();
-            Members::accepting(&backends).ring(Algorithm::Maglev).len()
+            Members::of(&backends).ring(Algorithm::Maglev).len()
         };
         assert_eq!(size(&[1000, 1]), 4093);
         assert_eq!(size(&[1000, 500]), 251, "which is two to one");
@@ -249,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_ring_stays_as_it_is_from_version_to_version() {
-        let ring = Members::accepting(&[backend(1, 1), backend(2, 3), backend(3, 2)]).ring(Algorithm::Maglev);
+        let ring = Members::of(&[backend(1, 1), backend(2, 3), backend(3, 2)]).ring(Algorithm::Maglev);
         assert_eq!(ring.len(), 1021);
         assert_eq!(ring[..32], PINNED);
         let hash = ring.iter().fold(0, |hash, slot| mix(hash ^ u64::from(*slot)));
@@ -291,7 +303,7 @@ mod tests {
     fn turns_of_a_heavy_backend_are_spread() {
         let order = |weights: &[u64]| {
             let backends: Vec<_> = (0..).zip(weights).map(|(number, weight)| backend(number, *weight)).collect();
-            Members::accepting(&backends).ring(Algorithm::RoundRobin)
+            Members::of(&backends).ring(Algorithm::RoundRobin)
         };
         assert_eq!(order(&[1, 1, 1]), [0, 1, 2]);
         assert_eq!(order(&[7, 7, 7]), [0, 1, 2]);
@@ -322,7 +334,7 @@ mod tests {
 
     #[test]
     fn many_rings_are_those_built_one_by_one() {
-        let members: Vec<_> = (0..200).map(|n| Members::accepting(&equal(n..n + n % 12))).collect();
+        let members: Vec<_> = (0..200).map(|n| Members::of(&equal(n..n + n % 12))).collect();
         let jobs: Vec<_> = members.iter().map(|members| (members, Algorithm::Maglev)).collect();
         let expected: Vec<_> = members.iter().map(|members| members.ring(Algorithm::Maglev)).collect();
         assert_eq!(rings(&jobs), expected);
@@ -331,7 +343,7 @@ mod tests {
     #[test]
     #[expect(clippy::print_stdout, reason = "for whoever asks how long it takes")]
     fn ten_thousand_rings_take_a_moment() {
-        let members: Vec<_> = (0..10_000).map(|n| Members::accepting(&equal(n * 10..n * 10 + 10))).collect();
+        let members: Vec<_> = (0..10_000).map(|n| Members::of(&equal(n * 10..n * 10 + 10))).collect();
         let jobs: Vec<_> = members.iter().map(|members| (members, Algorithm::Maglev)).collect();
         let start = Instant::now();
         assert_eq!(rings(&jobs).len(), 10_000);

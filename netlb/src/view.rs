@@ -151,7 +151,7 @@ pub struct FlowView {
     pub frontend: Frontend,
     #[schema(value_type = String)]
     pub backend: SocketAddr,
-    /// `syn-sent`, `established`, `udp-both`, …
+    /// `syn-sent`, `established`, `udp-both-ways`, …
     pub state: String,
     /// Seconds since a packet was last noted (to about four seconds)
     pub idle_seconds: u64,

@@ -87,7 +87,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { services: 16_384, backends: 131_072, flows: 1_048_576, ring_slots: 8_388_608 }
+        Self { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 16_777_216 }
     }
 }
 

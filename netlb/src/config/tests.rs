@@ -17,7 +17,7 @@ fn refused(text: &str) -> String {
 #[test]
 fn an_empty_file_is_a_configuration() {
     assert_eq!(parse(""), Config::default());
-    assert_eq!(parse("").limits.flows, 1_048_576);
+    assert_eq!(parse("").limits.flows, 262_144);
 }
 
 #[test]

@@ -292,7 +292,7 @@ impl<M: Maps> Programmer<M> {
     fn program_all<'a>(&mut self, pending: &[&'a Service], report: &mut ApplyReport) -> Vec<(&'a Service, ApplyError)> {
         let mut failed = Vec::new();
         for services in pending.chunks(CHUNK) {
-            let members: Vec<_> = services.iter().map(|service| Members::accepting(service.backends())).collect();
+            let members: Vec<_> = services.iter().map(|service| Members::of(service.backends())).collect();
             let jobs: Vec<_> = members.iter().zip(services).map(|(all, service)| (all, service.algorithm())).collect();
             for ((service, members), ring) in services.iter().zip(&members).zip(maglev::rings(&jobs)) {
                 match self.program(service, members, &ring) {

@@ -72,7 +72,8 @@ pub(super) fn role(node: &Node, link: &Link, master: Option<&Link>) -> Option<Ro
 
 /// What the programs are told of an interface.
 pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role) -> Interface {
-    let is_peer = link.kind == Kind::Pair && link.peer_is_elsewhere;
+    // What leaves by an uplink is for a neighbour on its link, also where a virtual one ends in another namespace.
+    let is_peer = role == Role::Pod && link.kind == Kind::Pair && link.peer_is_elsewhere;
     Interface {
         role: role.number(),
         flags: if is_peer { Interface::PEER } else { 0 },
@@ -149,6 +150,7 @@ pub(super) mod tests {
         let pod = Link { kind: Kind::Pair, peer: Some(2), peer_is_elsewhere: true, ..link(9, "veth1") };
         let interface = announcement(&pod, Some(&bridge), Role::Pod);
         assert_eq!((interface.role, interface.flags, interface.master), (role::POD, Interface::PEER, 7));
+        assert_eq!(announcement(&pod, None, Role::Uplink).flags, 0, "the next hop is not the peer");
         let here = Link { peer_is_elsewhere: false, ..pod.clone() };
         assert_eq!(announcement(&here, None, Role::Pod).flags, 0);
         let macvlan = Link { kind: Kind::Other, ..pod };

@@ -203,21 +203,21 @@ mod tests {
     #[test]
     fn the_default_limits_give_these_sizes() {
         let layout = Layout::new(&Limits::default());
-        assert_eq!(layout.flow_buckets_log2, 20);
+        assert_eq!(layout.flow_buckets_log2, 18);
         let sizes: Vec<_> = layout.maps().iter().map(|map| (map.name, map.max_entries)).collect();
         assert_eq!(
             sizes,
             [
                 ("SERVICES", 16_384),
                 ("CONFIGS", 32_832),
-                ("RINGS", 262_144),
+                ("RINGS", 524_288),
                 ("MEMBERS", 32_768),
                 ("BACKENDS", 131_073),
                 ("FRONTENDS", 32_769),
                 ("OWNERS", 131_072),
                 ("FILTER", 32_768),
-                ("FLOWS", 1_048_576),
-                ("FLOW_RECORDS", 4_194_304),
+                ("FLOWS", 262_144),
+                ("FLOW_RECORDS", 1_048_576),
                 ("SERVICE_STATS", 32_769),
                 ("CURSORS", 32_769),
                 ("BACKEND_STATS", 131_073),

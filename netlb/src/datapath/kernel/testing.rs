@@ -1,6 +1,9 @@
 //! The programs by themselves, for tests that run packets through them: nothing is pinned, nothing is attached.
 
-use std::{fmt, io};
+use std::{
+    fmt, io,
+    os::fd::{AsFd as _, BorrowedFd},
+};
 
 use aya::{
     Ebpf,
@@ -85,6 +88,26 @@ impl Harness {
         })?;
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value as i32, out))
+    }
+
+    /// The program itself, for what [`test_run`](Self::test_run) cannot ask of the kernel.
+    pub fn descriptor(&self, program: Program) -> io::Result<BorrowedFd<'_>> {
+        let direction = match program {
+            Program::Ingress => Direction::Ingress,
+            Program::Egress => Direction::Egress,
+        };
+        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
+        Ok(program.fd().map_err(io::Error::other)?.as_fd())
+    }
+
+    /// Instructions that the verifier looked at, of the million it is willing to.
+    pub fn verified_instructions(&self, program: Program) -> io::Result<u32> {
+        let direction = match program {
+            Program::Ingress => Direction::Ingress,
+            Program::Egress => Direction::Egress,
+        };
+        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
+        Ok(program.info().map_err(io::Error::other)?.verified_instruction_count().unwrap_or_default())
     }
 
     /// As [`test_run`](Self::test_run), this many times, and returns the mean time of one in nanoseconds. From the second time on the

@@ -199,7 +199,7 @@ impl<M: Maps> Programmer<M> {
             ring: change.ring.unwrap_or_default(),
             ring_len: ring.len() as u32,
             members: region.unwrap_or_default(),
-            members_len: region.map_or(0, |_| members.addresses().len() as u32),
+            members_len: region.map_or(0, |_| members.len() as u32),
             algorithm: match algorithm {
                 Algorithm::Maglev => algorithm::MAGLEV,
                 Algorithm::Random => algorithm::RANDOM,

@@ -241,11 +241,14 @@ impl MemoryMaps {
         assert_eq!(frontend.service, config.service);
         assert!(self.has_bit(key.addr, Kind::Frontend));
         let members = self.members(config.members, config.members_len);
-        assert!(self.ring(config.ring, config.ring_len).iter().all(|slot| u32::from(*slot) < config.members_len));
-        for id in members {
+        let ring = self.ring(config.ring, config.ring_len);
+        assert!(ring.iter().all(|slot| u32::from(*slot) < config.members_len));
+        for (number, id) in members.into_iter().enumerate() {
             let backend = self.backends[id as usize];
             assert_eq!((backend.service, backend.protocol), (config.service, key.protocol));
-            assert!(accepts.is_none_or(|flags| backend.flags == flags));
+            // Those that drain are members, but in no ring.
+            let is_in_ring = ring.contains(&(number as u16));
+            assert!(accepts.is_none_or(|flags| !is_in_ring || backend.flags == flags));
             assert!(self.has_bit(backend.addr, Kind::Backend));
             let owners = self.owners[&EndpointKey::new(backend.addr, backend.port, backend.protocol)];
             assert!(owners.0.contains(&config.frontend) || !owners.0.contains(&0));

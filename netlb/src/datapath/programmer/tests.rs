@@ -115,7 +115,7 @@ impl Bench {
     fn assert_served(&self, service: &Service) {
         let maps = &self.programmer.maps;
         let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
-        let members = Members::accepting(service.backends());
+        let members = Members::of(service.backends());
         let addresses: Vec<_> = members.addresses().collect();
         let ring = members.ring(service.algorithm());
         let expected: Vec<_> = ring.iter().map(|slot| addresses[usize::from(*slot)]).collect();
