@@ -193,6 +193,11 @@ pub fn known<A: Family, T: Tables>(
             *translation = Translation::to_backend(backend, false);
         }
         Direction::Reply => {
+            // A finished flow answers no SYN: the client used its port again, for the backend's own address.
+            if packet.segment.is_syn_ack() && found.data.state().is_finished() {
+                leave(tables, fingerprint, found, now);
+                return Known::No;
+            }
             let Some(frontend) = tables.frontend(id) else { return Known::No };
             *translation = Translation::to_frontend(frontend);
         }

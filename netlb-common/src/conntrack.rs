@@ -52,6 +52,13 @@ impl Segment {
         self.0 & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
 
+    /// The answer to the first segment.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_syn_ack(self) -> bool {
+        self.0 & (Self::SYN | Self::ACK | Self::RST) == Self::SYN | Self::ACK
+    }
+
     #[inline(always)]
     #[must_use]
     pub const fn is_reset(self) -> bool {

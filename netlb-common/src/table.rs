@@ -259,8 +259,8 @@ pub trait Storage {
 pub trait Operations: Storage + Copy {
     /// Looks at one bucket for an insert.
     #[inline(always)]
-    fn scan(self, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
-        scan(&self, index, fingerprint, now)
+    fn scan(self, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
+        scan(&self, index, fingerprint, twin, now)
     }
 
     /// Gives a direction of a flow a slot.
@@ -404,7 +404,7 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
     let New { fingerprint, now, .. } = *new;
     let data = new.data.with_tag(fingerprint).at(now);
     for _ in 0..ATTEMPTS {
-        let (place, old) = match choose(table, fingerprint, now) {
+        let (place, old) = match choose(table, fingerprint, new.flow.twin, now) {
             Choice::Existing(data) => return Inserted::existing(data),
             Choice::Take(place, old) => (place, old),
             Choice::Full => return Inserted::FULL,
@@ -475,7 +475,7 @@ impl Scan {
 
 /// Looks at one bucket for an insert.
 #[inline(always)]
-pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
+pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
     let Some(bucket) = storage.bucket(index) else { return Scan::FULL };
     let mut free = 0;
     let mut first = 0;
@@ -492,8 +492,10 @@ pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, now: 
         if slot.fingerprint.load() == fingerprint.0 && data.has_tag(fingerprint) && data.state() != State::CLAIMING {
             return Scan::new(Scan::EXISTING, number as u64, 0);
         }
+        // A flow that evicted its own other direction would have one half of itself, for which there may be no room later.
+        let is_twin = slot.fingerprint.load() == twin.0;
         let rank = data.eviction_rank(now);
-        if rank as u64 > victim.worth() {
+        if rank as u64 > victim.worth() && !is_twin {
             victim = Scan::new(Scan::VICTIM, number as u64, rank);
         }
     }
@@ -512,11 +514,11 @@ enum Choice {
 
 /// The first bucket with two free slots, else the emptiest, else the slot that is worth least.
 #[inline(always)]
-fn choose<O: Operations>(table: O, fingerprint: Fingerprint, now: Ticks) -> Choice {
+fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Choice {
     let (mut bucket, mut best) = (0, Scan::FULL);
     for choice in 0..CHOICES {
         let index = fingerprint.bucket(choice, table.mask());
-        let seen = table.scan(index, fingerprint, now);
+        let seen = table.scan(index, fingerprint, twin, now);
         if seen.has(Scan::EXISTING) {
             (bucket, best) = (index, seen);
             break;

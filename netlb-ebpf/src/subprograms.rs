@@ -30,8 +30,8 @@ macro_rules! subprogram {
 }
 
 subprogram! {
-    fn flow_scan(index: u32, fingerprint: u64, now: u32) -> u64 {
-        table::scan(&Kernel, index, Fingerprint(fingerprint), Ticks(now)).0
+    fn flow_scan(index: u32, fingerprint: u64, twin: u64, now: u32) -> u64 {
+        table::scan(&Kernel, index, Fingerprint(fingerprint), Fingerprint(twin), Ticks(now)).0
     }
 
     fn flow_insert(new: *const New) -> u64 {
@@ -177,8 +177,8 @@ const fn verdict(number: u32) -> Verdict {
 
 impl Operations for Kernel {
     #[inline(always)]
-    fn scan(self, index: u32, fingerprint: Fingerprint, now: Ticks) -> Scan {
-        Scan(flow_scan(index, fingerprint.0, now.0))
+    fn scan(self, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
+        Scan(flow_scan(index, fingerprint.0, twin.0, now.0))
     }
 
     #[inline(always)]

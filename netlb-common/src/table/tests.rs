@@ -169,6 +169,20 @@ fn both_directions_are_evicted_together() {
 }
 
 #[test]
+fn a_flow_does_not_evict_its_other_direction() {
+    let table = Memory::new(1);
+    table.insert(mix(1), State::SYN_SENT, 1, NOW);
+    for n in 2..5 {
+        table.insert(mix(n), State::ESTABLISHED, 1, NOW);
+    }
+    let data = Data::new(Direction::Reply, State::SYN_SENT, 1);
+    let other = |twin| New { fingerprint: Fingerprint(mix(99)), data, flow: flow(twin), now: NOW };
+    assert_eq!(Operations::insert(&table, other(mix(1))), Inserted::FULL);
+    assert!(find(&table, Fingerprint(mix(1)), NOW).is_some());
+    assert_eq!(Operations::insert(&table, other(mix(98))), Inserted::EVICTING, "it is anybody else's to evict");
+}
+
+#[test]
 fn a_slot_left_claimed_is_used_again() {
     let table = Memory::new(1);
     table.crowd(State::ESTABLISHED, NOW);

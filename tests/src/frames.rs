@@ -1,0 +1,261 @@
+//! Frames: built from what a test is about, with every length and checksum as a sender would make it.
+//!
+//! A test changes a [`Packet`] as the programs should have, and compares whole frames: what should stay is compared with the rest.
+
+use std::net::{IpAddr, SocketAddr};
+
+use etherparse::{IpNumber, Ipv4Header, Ipv4Options, Ipv6Header, TcpHeader, UdpHeader};
+
+pub type Mac = [u8; 6];
+
+pub const ETHERNET: usize = 14;
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+
+/// A TCP or UDP packet in an Ethernet frame.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Packet {
+    pub to_mac: Mac,
+    pub from_mac: Mac,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub ttl: u8,
+    /// IPv4 only.
+    pub dont_fragment: bool,
+    /// Words of options, IPv4 only.
+    pub options: Vec<u8>,
+    /// Numbers and bytes of extension headers, whose first byte is filled in. IPv6 only.
+    pub extensions: Vec<(u8, Vec<u8>)>,
+    pub transport: Transport,
+    pub payload: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Transport {
+    Tcp(Segment),
+    Udp {
+        /// Without, the field is zero.
+        has_checksum: bool,
+    },
+}
+
+/// What a TCP segment does.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Segment {
+    pub syn: bool,
+    pub ack: bool,
+    pub fin: bool,
+    pub rst: bool,
+}
+
+pub const SYN: Segment = Segment { syn: true, ack: false, fin: false, rst: false };
+pub const SYN_ACK: Segment = Segment { syn: true, ack: true, fin: false, rst: false };
+pub const ACK: Segment = Segment { syn: false, ack: true, fin: false, rst: false };
+pub const FIN: Segment = Segment { syn: false, ack: true, fin: true, rst: false };
+pub const RST: Segment = Segment { syn: false, ack: false, fin: false, rst: true };
+
+impl Packet {
+    fn new(source: SocketAddr, destination: SocketAddr, transport: Transport) -> Self {
+        Self {
+            to_mac: [2, 0, 0, 0, 0, 1],
+            from_mac: [2, 0, 0, 0, 0, 2],
+            source,
+            destination,
+            ttl: 61,
+            dont_fragment: true,
+            options: Vec::new(),
+            extensions: Vec::new(),
+            transport,
+            payload: b"netlb".to_vec(),
+        }
+    }
+
+    pub fn tcp(source: SocketAddr, destination: SocketAddr, segment: Segment) -> Self {
+        Self::new(source, destination, Transport::Tcp(segment))
+    }
+
+    pub fn udp(source: SocketAddr, destination: SocketAddr) -> Self {
+        Self::new(source, destination, Transport::Udp { has_checksum: true })
+    }
+
+    #[must_use]
+    pub fn to(self, destination: SocketAddr) -> Self {
+        Self { destination, ..self }
+    }
+
+    #[must_use]
+    pub fn from(self, source: SocketAddr) -> Self {
+        Self { source, ..self }
+    }
+
+    #[must_use]
+    pub fn ttl(self, ttl: u8) -> Self {
+        Self { ttl, ..self }
+    }
+
+    #[must_use]
+    pub fn macs(self, to_mac: Mac, from_mac: Mac) -> Self {
+        Self { to_mac, from_mac, ..self }
+    }
+
+    #[must_use]
+    pub fn payload(self, payload: impl Into<Vec<u8>>) -> Self {
+        Self { payload: payload.into(), ..self }
+    }
+
+    #[must_use]
+    pub fn options(self, options: impl Into<Vec<u8>>) -> Self {
+        Self { options: options.into(), ..self }
+    }
+
+    #[must_use]
+    pub fn extension(mut self, number: u8, bytes: impl Into<Vec<u8>>) -> Self {
+        self.extensions.push((number, bytes.into()));
+        self
+    }
+
+    #[must_use]
+    pub fn without_checksum(self) -> Self {
+        Self { transport: Transport::Udp { has_checksum: false }, ..self }
+    }
+
+    #[must_use]
+    pub fn may_fragment(self) -> Self {
+        Self { dont_fragment: false, ..self }
+    }
+
+    /// What a network device has of the packet.
+    pub fn frame(&self) -> Vec<u8> {
+        let (protocol, transport) = self.transport_bytes();
+        let mut frame = Vec::from_iter(self.to_mac.into_iter().chain(self.from_mac));
+        match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let mut header = Ipv4Header {
+                    total_len: (Ipv4Header::MIN_LEN + self.options.len() + transport.len()) as u16,
+                    identification: 0x1234,
+                    dont_fragment: self.dont_fragment,
+                    time_to_live: self.ttl,
+                    protocol: IpNumber(protocol),
+                    source: source.octets(),
+                    destination: destination.octets(),
+                    options: Ipv4Options::try_from(&*self.options).expect("words of options"),
+                    ..Ipv4Header::default()
+                };
+                header.header_checksum = header.calc_header_checksum();
+                frame.extend(IPV4.to_be_bytes());
+                frame.extend(header.to_bytes());
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let extensions: usize = self.extensions.iter().map(|(_, bytes)| bytes.len()).sum();
+                let numbers = self.extensions.iter().map(|(number, _)| *number).chain([protocol]);
+                let mut numbers = numbers.map(IpNumber);
+                let header = Ipv6Header {
+                    traffic_class: 0x28,
+                    flow_label: 0x4_5678.try_into().expect("20 bits"),
+                    payload_length: (extensions + transport.len()) as u16,
+                    next_header: numbers.next().unwrap_or_default(),
+                    hop_limit: self.ttl,
+                    source: source.octets(),
+                    destination: destination.octets(),
+                };
+                frame.extend(IPV6.to_be_bytes());
+                frame.extend(header.to_bytes());
+                for ((_, bytes), next) in self.extensions.iter().zip(numbers) {
+                    frame.push(next.0);
+                    frame.extend(&bytes[1..]);
+                }
+            }
+            (source, destination) => panic!("{source} and {destination} are of two families"),
+        }
+        frame.extend(transport);
+        frame
+    }
+
+    /// The protocol's number, and its header and payload.
+    fn transport_bytes(&self) -> (u8, Vec<u8>) {
+        let (source_port, destination_port, payload) = (self.source.port(), self.destination.port(), &*self.payload);
+        let (number, mut bytes) = match &self.transport {
+            Transport::Tcp(Segment { syn, ack, fin, rst }) => {
+                let mut header = TcpHeader::new(source_port, destination_port, 0x0102_0304, 8192);
+                (header.syn, header.ack, header.fin, header.rst) = (*syn, *ack, *fin, *rst);
+                header.psh = !payload.is_empty();
+                header.acknowledgment_number = if *ack { 0x0506_0708 } else { 0 };
+                // Maximum segment size and window scale, as clients send them.
+                header.set_options_raw(&[2, 4, 5, 0xb4, 1, 3, 3, 7]).expect("two words");
+                header.checksum = match (self.source.ip(), self.destination.ip()) {
+                    (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                        header.calc_checksum_ipv4_raw(source.octets(), destination.octets(), payload)
+                    }
+                    (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                        header.calc_checksum_ipv6_raw(source.octets(), destination.octets(), payload)
+                    }
+                    (source, destination) => panic!("{source} and {destination} are of two families"),
+                }
+                .expect("a payload that fits a packet");
+                (6, header.to_bytes().to_vec())
+            }
+            Transport::Udp { has_checksum } => {
+                let length = (UdpHeader::LEN + payload.len()) as u16;
+                let mut header = UdpHeader { source_port, destination_port, length, checksum: 0 };
+                if *has_checksum {
+                    header.checksum = match (self.source.ip(), self.destination.ip()) {
+                        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                            header.calc_checksum_ipv4_raw(source.octets(), destination.octets(), payload)
+                        }
+                        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                            header.calc_checksum_ipv6_raw(source.octets(), destination.octets(), payload)
+                        }
+                        (source, destination) => panic!("{source} and {destination} are of two families"),
+                    }
+                    .expect("a payload that fits a packet");
+                }
+                (17, header.to_bytes().to_vec())
+            }
+        };
+        bytes.extend(payload);
+        (number, bytes)
+    }
+}
+
+/// Overwrites bytes of a frame, and makes an IPv4 header's checksum right again.
+pub fn patch(frame: &mut [u8], at: usize, bytes: &[u8]) {
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+    if frame[12..14] == IPV4.to_be_bytes() && at >= ETHERNET {
+        let len = usize::from(frame[ETHERNET] & 0xf) * 4;
+        if let Some(header) = frame.get_mut(ETHERNET..ETHERNET + len).filter(|header| header.len() >= 20) {
+            header[10..12].fill(0);
+            let sum = etherparse::checksum::Sum16BitWords::new().add_slice(header).ones_complement();
+            header[10..12].copy_from_slice(&sum.to_ne_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::SlicedPacket;
+
+    use super::*;
+
+    #[test]
+    fn frames_are_what_they_say() {
+        for (source, destination) in [("10.0.0.1:40000", "10.0.0.2:80"), ("[fd00::1]:40000", "[fd00::2]:80")] {
+            let (source, destination): (SocketAddr, SocketAddr) =
+                (source.parse().unwrap(), destination.parse().unwrap());
+            let frame = Packet::tcp(source, destination, SYN).extension(60, [0; 8]).frame();
+            let parsed = SlicedPacket::from_ethernet(&frame).unwrap();
+            let Some(etherparse::TransportSlice::Tcp(tcp)) = parsed.transport else { panic!("{parsed:?}") };
+            assert_eq!(
+                (tcp.source_port(), tcp.destination_port(), tcp.syn(), tcp.payload()),
+                (40000, 80, true, &b"netlb"[..])
+            );
+        }
+    }
+
+    #[test]
+    fn a_patched_header_sums_up() {
+        let packet = Packet::udp("10.0.0.1:1".parse().unwrap(), "10.0.0.2:2".parse().unwrap());
+        let mut frame = packet.frame();
+        patch(&mut frame, 22, &[9]);
+        assert_eq!(frame, packet.ttl(9).frame());
+    }
+}

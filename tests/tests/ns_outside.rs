@@ -1,0 +1,106 @@
+//! Traffic from outside the cluster, which comes in on an uplink.
+
+use netlb_integration::clients;
+use netlb_integration::daemon::{Config, Forwarding, Netlb};
+use netlb_integration::netns::Namespace;
+use netlb_integration::servers::{self, Protocol, Server};
+use netlb_integration::testing::TestResult;
+use netlb_integration::topology::{Family, Host, Layout, Plan, vip};
+
+use anyhow::{Context, Result};
+use std::net::SocketAddr;
+
+#[test]
+fn a_client_outside_is_served_by_backends_of_the_node_and_they_see_its_address() -> TestResult {
+    for (forwarding, rp_filter) in
+        [(Forwarding::Fast, 0), (Forwarding::Fast, 1), (Forwarding::Stack, 1), (Forwarding::Stack, 2)]
+    {
+        let bed = Plan::new(Layout::Ptp).with_outside_client().rp_filter(rp_filter).build()?;
+        let pods = [bed.pod(Host::A, "one")?, bed.pod(Host::A, "two")?];
+        let servers = pods.iter().map(|pod| servers::nginx(pod, 8080)).collect::<Result<Vec<_>>>()?;
+        let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), forwarding))?;
+        for family in Family::BOTH {
+            let case = format!("{forwarding}, rp_filter {rp_filter}, {family}");
+            let server = serve(&netlb, family, &servers)?;
+            let outside = bed.outside()?;
+            for _ in 0..20 {
+                let answer = clients::curl(outside, server).with_context(|| case.clone())?;
+                assert!(!pods.iter().any(|pod| pod.ip(family) == answer.client.ip()), "{case}: {answer:?}");
+            }
+        }
+        assert_eq!(counter(&netlb, "needs_snat")?, 0);
+    }
+    Ok(())
+}
+
+/// The reply of a backend behind another node would not come back this way, so the packet passes as it is.
+#[test]
+fn what_would_need_snat_passes_and_is_counted() -> TestResult {
+    let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
+    let (near, far) = (bed.pod(Host::A, "near")?, bed.pod(Host::B, "far")?);
+    let (near, far) = (servers::nginx(&near, 8080)?, servers::nginx(&far, 8080)?);
+    let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), Forwarding::Fast))?;
+    for family in Family::BOTH {
+        let before = counter(&netlb, "needs_snat")?;
+        let server = serve(&netlb, family, std::slice::from_ref(&far))?;
+        assert!(connects(bed.outside()?, server).is_err(), "{family}: nobody answers");
+        assert!(counter(&netlb, "needs_snat")? > before, "{family}");
+        assert_eq!(netlb.must(["flows", "count"])?.trim(), "0", "{family}: no flow is made of it");
+
+        netlb.must(["svc", "rm", &name(family)])?;
+        let server = serve(&netlb, family, std::slice::from_ref(&near))?;
+        clients::curl(bed.outside()?, server)?;
+    }
+    Ok(())
+}
+
+/// A client with a filter for martians and a node that drops what it would forward: the fast path does not depend on either.
+#[test]
+fn the_fast_way_needs_neither_forward_rules_nor_connection_tracking() -> TestResult {
+    let bed = Plan::new(Layout::Ptp).with_outside_client().build()?;
+    let pod = bed.pod(Host::A, "backend")?;
+    let server = servers::nginx(&pod, 8080)?;
+    let node = &bed.node_a().ns;
+    for iptables in ["iptables", "ip6tables"] {
+        node.command(iptables).args(["-P", "FORWARD", "DROP"]).run()?.success()?;
+    }
+    let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), Forwarding::Fast))?;
+    for family in Family::BOTH {
+        let vip = serve(&netlb, family, std::slice::from_ref(&server))?;
+        clients::curl(bed.outside()?, vip).with_context(|| family.to_string())?;
+    }
+    Ok(())
+}
+
+fn name(family: Family) -> String {
+    format!("web-{}", family.to_string().to_lowercase())
+}
+
+/// Adds a service with these backends, and says where it is.
+fn serve(netlb: &Netlb, family: Family, servers: &[Server]) -> Result<SocketAddr> {
+    let server = SocketAddr::new(vip(family, 10), 80);
+    let backends = servers.iter().map(|server| server.addr(family));
+    netlb.add_service(&name(family), &format!("{server}/{}", Protocol::Tcp.name()), backends)?;
+    Ok(server)
+}
+
+fn connects(ns: &Namespace, server: SocketAddr) -> Result<()> {
+    ns.enter(|| std::net::TcpStream::connect_timeout(&server, std::time::Duration::from_secs(2)))??;
+    Ok(())
+}
+
+/// What `netlb status` says of a counter.
+fn counter(netlb: &Netlb, name: &str) -> Result<u64> {
+    let status: serde_json::Value = serde_json::from_str(&netlb.must(["status", "-o", "json"])?)?;
+    let counters = find(&status, "counters").context("no counters in the status")?;
+    let value = counters.as_array().into_iter().flatten().find(|counter| counter["name"] == name);
+    Ok(value.and_then(|counter| counter["value"].as_u64()).unwrap_or(0))
+}
+
+fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
+    match value {
+        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|value| find(value, key))),
+        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, key)),
+        _ => None,
+    }
+}
