@@ -202,9 +202,12 @@ pub fn known<A: Family, T: Tables>(
             *translation = Translation::to_frontend(frontend);
         }
     }
-    let data = found.data.after(packet.segment, now);
-    // Written at most once per time unit and state. Where that fails, another CPU has just done the same.
-    if data != found.data && found.slot.data.replace(found.data.0, data.0) { Known::Tend } else { Known::Translate }
+    // Written at most once per time unit and state.
+    if table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
+        Known::Tend
+    } else {
+        Known::Translate
+    }
 }
 
 /// What packets are looked up with.

@@ -186,6 +186,20 @@ impl State {
         }
     }
 
+    /// The state of one direction's slot, when the other direction's has come to `news`. Both may have noted a packet at the same moment, so
+    /// a FIN that only one of them saw is not forgotten.
+    #[inline(always)]
+    #[must_use]
+    pub const fn merge(self, news: Self) -> Self {
+        match (self, news) {
+            (Self::FIN_FORWARD, Self::FIN_REPLY)
+            | (Self::FIN_REPLY, Self::FIN_FORWARD)
+            | (Self::CLOSING, Self::FIN_FORWARD | Self::FIN_REPLY) => Self::CLOSING,
+            (Self::FIN_FORWARD | Self::FIN_REPLY | Self::CLOSING, Self::ESTABLISHED) => self,
+            _ => news,
+        }
+    }
+
     /// Whether a client may begin a new connection on this flow: a SYN here starts over.
     #[inline(always)]
     #[must_use]

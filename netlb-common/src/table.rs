@@ -281,7 +281,7 @@ pub trait Operations: Storage + Copy {
         find(&self, fingerprint, now).map_or(Data::NONE, |found| found.data)
     }
 
-    /// Brings a direction of a flow to a state, as of now. Says whether it is there.
+    /// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.
     #[inline(always)]
     fn follow(self, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
         follow(&self, fingerprint, state, now)
@@ -606,16 +606,33 @@ pub fn remove<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> 
     find(storage, fingerprint, now).is_some_and(|found| release(found.slot, found.data))
 }
 
-/// Brings a direction of a flow to a state, as of now. Says whether it is there.
+/// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.
 #[inline(always)]
 pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
     let Some(found) = find(storage, fingerprint, now) else { return false };
-    let data = found.data.with_state(state).at(now);
-    if data != found.data {
-        // Whoever changed it meanwhile knows better.
-        found.slot.data.replace(found.data.0, data.0);
-    }
+    change(found.slot, found.data, |data| data.with_state(data.state().merge(state)).at(now));
     true
+}
+
+/// Changes a live slot's data, and says whether it did. Where another CPU was faster, it starts from what that one made of it.
+#[inline(always)]
+pub fn change(slot: &Slot, mut data: Data, to: impl Fn(Data) -> Data) -> bool {
+    for _ in 0..ATTEMPTS {
+        let new = to(data);
+        if new == data {
+            return false;
+        }
+        if slot.data.replace(data.0, new.0) {
+            return true;
+        }
+        let now = Data(slot.data.load());
+        let is_same_flow = (now.0 ^ data.0) & !(Data::TIME | Data::STATE) == 0;
+        if !is_same_flow || now.state().0 <= State::CLAIMING.0 {
+            return false;
+        }
+        data = now;
+    }
+    false
 }
 
 #[cfg(test)]

@@ -73,3 +73,14 @@ fn a_datagram_flow_goes_both_ways_once_the_backend_answers() {
     assert_eq!(state.next(Reply, Segment::DATAGRAM), State::UDP_BOTH_WAYS);
     assert_eq!(State::UDP_BOTH_WAYS.next(Forward, Segment::DATAGRAM), State::UDP_BOTH_WAYS);
 }
+
+#[test]
+fn fins_that_cross_close_the_flow_in_both_slots() {
+    assert_eq!(State::FIN_FORWARD.merge(State::FIN_REPLY), State::CLOSING);
+    assert_eq!(State::FIN_REPLY.merge(State::FIN_FORWARD), State::CLOSING);
+    for state in [State::FIN_FORWARD, State::FIN_REPLY, State::CLOSING] {
+        assert_eq!(state.merge(State::ESTABLISHED), state, "a refresh that comes late takes no FIN back");
+        assert_eq!(State::ESTABLISHED.merge(state), state);
+        assert_eq!(state.merge(State::RESET_REPLY), State::RESET_REPLY);
+    }
+}

@@ -293,3 +293,43 @@ fn at_sixty_percent_nearly_every_new_flow_finds_both_slots() {
         assert!(percent != 60 || cfg!(miri) || share >= 0.999, "only {share} at {percent} %");
     }
 }
+
+/// Both sides finish at the same moment, each on a CPU of its own.
+#[test]
+fn fins_that_cross_on_two_cpus_close_both_slots() {
+    let rounds = if cfg!(miri) { 20 } else { 20_000 };
+    let table = Arc::new(Memory::new(64));
+    let start = Arc::new(Barrier::new(3));
+    let fin = Segment::from_control(0x11);
+    let sides: Vec<_> = [(mix(1), mix(2)), (mix(2), mix(1))]
+        .into_iter()
+        .map(|(mine, twin)| {
+            let (table, start) = (Arc::clone(&table), Arc::clone(&start));
+            thread::spawn(move || {
+                for _ in 0..rounds {
+                    start.wait();
+                    let found = find(&*table, Fingerprint(mine), NOW).unwrap();
+                    change(found.slot, found.data, |data| data.after(fin, NOW));
+                    let state = find(&*table, Fingerprint(mine), NOW).unwrap().data.state();
+                    assert!(follow(&*table, Fingerprint(twin), state, NOW));
+                    start.wait();
+                }
+            })
+        })
+        .collect();
+    for _ in 0..rounds {
+        for (direction, mine, twin) in [(Direction::Forward, mix(1), mix(2)), (Direction::Reply, mix(2), mix(1))] {
+            remove(&*table, Fingerprint(mine), NOW);
+            let data = Data::new(direction, State::ESTABLISHED, 1);
+            insert(&*table, &New { fingerprint: Fingerprint(mine), data, flow: flow(twin), now: NOW });
+        }
+        start.wait();
+        start.wait();
+        for mine in [mix(1), mix(2)] {
+            assert_eq!(find(&*table, Fingerprint(mine), NOW).unwrap().data.state(), State::CLOSING);
+        }
+    }
+    for side in sides {
+        side.join().unwrap();
+    }
+}
