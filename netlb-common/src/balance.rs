@@ -19,8 +19,10 @@ use crate::{
 
 /// Backends a new flow is offered to before it is refused.
 const OFFERS: u32 = 4;
-/// Backends that a segment in mid-connection is looked for at.
-const SEARCHED: u32 = 8;
+/// Backends that a segment in mid-connection is looked for at, beginning with the one the ring names: with Maglev that is nearly always
+/// the one, otherwise it may be any.
+const SEARCHED_MAGLEV: u32 = 8;
+const SEARCHED: u32 = 64;
 
 /// The maps, beside the flow table.
 pub trait Tables: Operations {
@@ -333,7 +335,11 @@ pub fn select<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Look
     let chosen = chosen as u32;
     // In mid-connection: the table lost this direction, but perhaps not the other.
     if !packet.segment.is_datagram() && !packet.segment.is_syn() {
+        let most = if config.algorithm == algorithm::MAGLEV { SEARCHED_MAGLEV } else { SEARCHED };
         for n in 0..SEARCHED {
+            if n >= most || n >= config.members_len {
+                break;
+            }
             let member = chosen + n;
             let Some(backend) = member_id(tables, config, member).and_then(|id| tables.backend(id)) else { break };
             let twin = Translation::<A>::to_backend(backend, false).twin(tuple);
@@ -438,14 +444,19 @@ fn offer<A: Family, T: Tables>(
     let mut state = State::first(packet.segment);
     let reply = Data::new(Direction::Reply, state, config.frontend);
     // The reply's slot first: it is also the claim on the client's port at this backend.
-    let inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+    let mut inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+    if inserted.is_existing() && inserted.data().state().is_finished() && packet.segment.is_syn() {
+        // Whatever this was, it is over, and the client begins anew.
+        tables.remove(twin, now);
+        inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+    }
     let is_mine = inserted.is_new();
     if inserted == Inserted::FULL {
         tables.count(Counter::FlowTableFull);
         return Offer::Full;
     } else if inserted == Inserted::EVICTING {
         tables.count(Counter::FlowsEvicted);
-    } else if !is_mine {
+    } else if inserted.is_existing() {
         let data = inserted.data();
         if data.direction() != Direction::Reply || data.id() != config.frontend {
             return Offer::Conflict;
@@ -511,6 +522,9 @@ pub fn lost_reply<A: Family, T: Tables>(
         let twin = tables.hash_key().fingerprint(&translation.twin(tuple));
         let data = tables.probe(twin, now);
         if data == Data::NONE || data.direction() != Direction::Forward {
+            continue;
+        }
+        if packet.segment.is_syn_ack() && data.state().is_finished() {
             continue;
         }
         let Some(backend) = tables.backend(data.id()) else { break };

@@ -391,7 +391,13 @@ impl Inserted {
         self.0 == Self::NEW.0 || self.0 == Self::EVICTING.0
     }
 
-    /// What was there already, if it is neither full nor new.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_existing(self) -> bool {
+        self.0 > Self::EVICTING.0
+    }
+
+    /// What was there already, if it was.
     #[inline(always)]
     #[must_use]
     pub const fn data(self) -> Data {

@@ -339,7 +339,7 @@ fn a_lost_forward_slot_is_rebuilt_by_the_clients_next_packet() -> TestResult {
     for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
         for family in Family::BOTH {
             let case = Case::tcp(family);
-            lab.begin([case.weighted(&[(1, 1), (2, 1), (3, 1), (4, 1), (5, 1)], algorithm)]);
+            lab.begin([case.weighted(&(1..=20).map(|host| (host, 1)).collect::<Vec<_>>(), algorithm)]);
             for port in PORTS {
                 let (client, what) = (case.client(port), format!("{family}, {algorithm}, port {port}"));
                 let backend = lab.connect(case, client, case.vip(80));

@@ -3,8 +3,8 @@
 use netlb::config::{Forwarding, Limits};
 use netlb::model::Protocol;
 use netlb_common::counters::Counter;
-use netlb_integration::frames::{ACK, SYN, SYN_ACK};
-use netlb_integration::lab::{CASES, Case, DROP, LIMITS, Lab, REDIRECT, destination, source};
+use netlb_integration::frames::{ACK, RST, SYN, SYN_ACK};
+use netlb_integration::lab::{CASES, Case, DROP, LIMITS, Lab, PASS, REDIRECT, destination, source};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::Family;
 
@@ -25,6 +25,28 @@ fn one_client_port_to_two_frontends_of_one_backend_is_a_conflict() -> TestResult
             lab.backend_of(&case.segment(client, case.vip(80), ACK));
             assert_eq!(lab.count_flows(), 2, "{case}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_finished_flow_is_in_nobodys_way() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for family in Family::BOTH {
+        let case = Case::tcp(family);
+        lab.begin([case.service_at(80, &[3]), case.service_at(81, &[3])]);
+        let (client, backend) = (case.client(40000), case.backend(3));
+        lab.connect(case, client, case.vip(80));
+        lab.backend_of(&case.segment(client, case.vip(80), RST));
+        assert_eq!(lab.connect(case, client, case.vip(81)), backend, "{case}: through the other frontend");
+        assert_eq!(source(&lab.reply(case, client, backend, ACK).frame), case.vip(81), "{case}");
+
+        // The client's port again, for the backend's own address: that answer is not a service's.
+        lab.backend_of(&case.segment(client, case.vip(81), RST));
+        let answer = case.segment(backend, client, SYN_ACK).frame();
+        let out = lab.from_backends(&answer);
+        assert_eq!((out.verdict, out.frame.as_slice()), (PASS, answer.as_slice()), "{case}");
+        assert_eq!(lab.count(Counter::FlowConflict), 0, "{case}");
     }
     Ok(())
 }
