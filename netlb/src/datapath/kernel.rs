@@ -29,7 +29,6 @@ use crate::{
 
 pub use self::maps::KernelMaps;
 
-mod btf;
 mod clsact;
 mod counts;
 mod layout;

@@ -16,7 +16,6 @@ use aya::{
 use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta};
 
 use super::{
-    btf,
     layout::{Layout, Spec, settings, timeouts},
     maps::{KernelMaps, io_error, take},
     pins::Pins,
@@ -138,9 +137,7 @@ fn load_into(
             loader.map_pin_path(spec.name, directory.join(spec.name));
         }
     }
-    let mut object = OBJECT.to_vec();
-    btf::repair(&mut object);
-    let mut ebpf = loader.load(&object).map_err(explain)?;
+    let mut ebpf = loader.load(OBJECT).map_err(explain)?;
     let mut memory = Memory(Vec::with_capacity(specs.len()));
     for spec in &specs {
         let map = ebpf.map(spec.name).with_context(|| format!("the BPF programs have no map {}", spec.name))?;
