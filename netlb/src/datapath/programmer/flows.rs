@@ -116,7 +116,7 @@ impl<M: Maps> Programmer<M> {
 
     /// Every number in every live slot and its record. Expired slots are cleared on the way, so that no packet that saw
     /// one alive a moment ago revives it.
-    pub(super) fn named_by_flows(&self, now: Ticks) -> Named {
+    pub(super) fn named_by_flows(&self) -> Named {
         let mut named = Named {
             frontends: vec![false; self.sizes.frontends as usize],
             backends: vec![false; self.sizes.backends as usize],
@@ -128,11 +128,7 @@ impl<M: Maps> Programmer<M> {
         };
         let storage = self.maps.flows();
         for (place, slot) in slots(storage) {
-            let data = Data(slot.data.load());
-            if !is_live(storage, data, now) {
-                clear_expired(slot, data);
-                continue;
-            }
+            let Some(data) = self.live_or_cleared(storage, slot) else { continue };
             match data.direction() {
                 Direction::Forward => mark(&mut named.backends, data.id()),
                 Direction::Reply => mark(&mut named.frontends, data.id()),
@@ -147,19 +143,31 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Clears expired flows in the next part of the table, so that none revives when time has wrapped.
-    pub(super) fn sweep(&mut self, now: Ticks) {
+    pub(super) fn sweep(&mut self) {
         let storage = self.maps.flows();
         let buckets = u64::from(storage.mask()) + 1;
         let part = buckets.div_ceil(SWEEP_TICKS.into()) as u32;
         for index in (0..part).map(|n| self.swept.wrapping_add(n) & storage.mask()) {
             for slot in storage.bucket(index).iter().flat_map(|bucket| &bucket.slots) {
-                let data = Data(slot.data.load());
-                if !is_live(storage, data, now) {
-                    clear_expired(slot, data);
-                }
+                self.live_or_cleared(storage, slot);
             }
         }
         self.swept = self.swept.wrapping_add(part) & storage.mask();
+    }
+
+    /// A slot's data, if its flow is alive. One that expired is freed, unless somebody is writing it.
+    fn live_or_cleared(&self, storage: &dyn Storage, slot: &Slot) -> Option<Data> {
+        let data = Data(slot.data.load());
+        if matches!(data.state(), FlowState::FREE | FlowState::CLAIMING) {
+            return None;
+        }
+        // Read after the slot: by a clock from before, a flow that packets refreshed since then would be far ahead of it, hence very old.
+        if is_live(storage, data, (self.clock)()) {
+            return Some(data);
+        }
+        // Whoever was faster has revived it.
+        table::release(slot, data);
+        None
     }
 
     /// The number of the service a filter means, or every service. None if there is no such service.
@@ -231,12 +239,4 @@ fn release(storage: &dyn Storage, slot: &Slot, fingerprint: Fingerprint, now: Ti
         }
     }
     false
-}
-
-/// Frees a slot that is not live, unless somebody is writing it.
-fn clear_expired(slot: &Slot, data: Data) {
-    if data.state() != FlowState::FREE && data.state() != FlowState::CLAIMING {
-        // Whoever was faster has revived it.
-        table::release(slot, data);
-    }
 }

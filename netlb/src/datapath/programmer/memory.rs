@@ -11,7 +11,7 @@ use std::{
 };
 
 use netlb_common::{
-    conntrack::{Direction, State},
+    conntrack::{Direction, Segment, State},
     filter::Kind,
     flow::Fingerprint,
     maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
@@ -79,6 +79,8 @@ pub(super) struct MemoryMaps {
     /// Frontends that the kernel fails to remove.
     pub(super) stuck: HashSet<EndpointKey>,
     /// Whether every write is checked against all that is in force, which takes its time.
+    /// How long packets under way take, while which all flows are busy.
+    pub(super) grace_ticks: u32,
     pub(super) watches: bool,
 }
 
@@ -143,6 +145,7 @@ impl MemoryMaps {
             log: Mutex::default(),
             broken: HashSet::new(),
             stuck: HashSet::new(),
+            grace_ticks: 0,
             watches: true,
         }
     }
@@ -207,6 +210,16 @@ impl MemoryMaps {
     fn live_slots(&self) -> impl Iterator<Item = Data> {
         let slots = self.flows.buckets.iter().flat_map(|bucket| &bucket.slots);
         slots.map(|slot| Data(slot.data.load())).filter(|data| is_live(&self.flows, *data, self.clock.now()))
+    }
+
+    /// Has a packet come for each direction of every flow.
+    fn refresh_flows(&self) {
+        for slot in self.flows.buckets.iter().flat_map(|bucket| &bucket.slots) {
+            let data = Data(slot.data.load());
+            if is_live(&self.flows, data, self.clock.now()) {
+                table::change(slot, data, |data| data.after(Segment::DATAGRAM, self.clock.now()));
+            }
+        }
     }
 
     fn note(&self, op: Op) {
@@ -432,6 +445,10 @@ impl Maps for MemoryMaps {
 
     fn grace(&self) {
         self.note(Op::Grace);
+        self.clock.advance(self.grace_ticks);
+        if self.grace_ticks > 0 {
+            self.refresh_flows();
+        }
         self.lingering.lock().unwrap().clear();
     }
 }

@@ -57,11 +57,10 @@ impl<M: Maps> Programmer<M> {
     /// Clears expired flows, a part of the table at a time, and reuses what is out of use. To be called about once a
     /// second; flows have their own clock.
     pub fn tick(&mut self, _now: SystemTime) {
-        let now = (self.clock)();
-        self.sweep(now);
+        self.sweep();
         self.settle();
-        if !self.waiting.is_empty() && now.0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
-            self.scan(now);
+        if !self.waiting.is_empty() && (self.clock)().0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
+            self.scan();
         }
     }
 
@@ -69,7 +68,7 @@ impl<M: Maps> Programmer<M> {
     pub(super) fn reclaim(&mut self) {
         self.settle();
         if !self.waiting.is_empty() {
-            self.scan((self.clock)());
+            self.scan();
             self.settle();
         }
     }
@@ -103,8 +102,8 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Looks which of the numbers that wait are named by no flow any more.
-    fn scan(&mut self, now: Ticks) {
-        let mut named = self.named_by_flows(now);
+    fn scan(&mut self) {
+        let mut named = self.named_by_flows();
         // What goes to another service in these moments, or could not be removed, is still in force.
         for Served { config, .. } in self.served.values() {
             named.frontends[config.frontend as usize] = true;
@@ -121,7 +120,7 @@ impl<M: Maps> Programmer<M> {
         (self.waiting.backends, self.waiting.frontends) = (backends, frontends);
 
         let found = !(free_backends.is_empty() && free_frontends.is_empty());
-        self.waiting.scanned = now;
+        self.waiting.scanned = (self.clock)();
         self.waiting.pause = if found { SCAN_TICKS } else { (self.waiting.pause * 2).min(MOST_SCAN_TICKS) };
         free_backends.into_iter().for_each(|id| self.release_backend(id));
         free_frontends.into_iter().for_each(|id| self.release_frontend(id));

@@ -746,6 +746,21 @@ fn expired_flows_never_revive() {
 }
 
 #[test]
+fn busy_flows_live_on_however_long_a_grace_period_takes() {
+    let mut bench = Bench::new();
+    let dns = |backends: &[&str]| service("dns", &[DNS], backends);
+    for ticks in [1, 10, TIMEOUT - 6] {
+        bench.maps().grace_ticks = 0;
+        bench.serve(&[dns(&["10.244.0.2:53", "10.244.0.3:53"])]);
+        bench.begin_flow(DNS, 1);
+        bench.serve(&[dns(&["10.244.0.2:53"])]);
+        bench.maps().grace_ticks = ticks;
+        bench.tick(5);
+        assert_eq!(bench.programmer.maps.live(), 2, "after {ticks} ticks");
+    }
+}
+
+#[test]
 fn a_shared_backend_knows_its_first_eight_frontends() {
     let mut bench = Bench::new();
     let services = |count: u8| -> Vec<_> {
