@@ -101,6 +101,8 @@ pub struct Translation<A> {
     pub port: PortBe,
     /// Whose counters the packet belongs in.
     pub service: u32,
+    /// The index in `HOPS` of the way it leaves by; 0 where that is yet to be found out, or found out again.
+    pub hop: u16,
     /// Whether it is the first packet of its flow.
     pub is_new: bool,
 }
@@ -115,6 +117,7 @@ impl<A: Family> Translation<A> {
             address: A::from_map(Addr::default()),
             port: PortBe(0),
             service: 0,
+            hop: 0,
             is_new: false,
         }
     }
@@ -122,13 +125,13 @@ impl<A: Family> Translation<A> {
     #[inline(always)]
     fn to_backend(backend: &Backend, is_new: bool) -> Self {
         let (address, port) = (A::from_map(backend.addr), backend.port);
-        Self { direction: Direction::Forward, address, port, service: backend.service, is_new }
+        Self { direction: Direction::Forward, address, port, service: backend.service, hop: 0, is_new }
     }
 
     #[inline(always)]
     fn to_frontend(frontend: &Frontend) -> Self {
         let (address, port) = (A::from_map(frontend.addr), frontend.port);
-        Self { direction: Direction::Reply, address, port, service: frontend.service, is_new: false }
+        Self { direction: Direction::Reply, address, port, service: frontend.service, hop: 0, is_new: false }
     }
 
     /// The other direction's tuple, as its packets have it when they come in.
@@ -169,19 +172,27 @@ pub enum Known {
 
 /// Looks a packet up in the flow table: all that most packets of services need.
 ///
-/// `translation` is filled in for [`Known::Translate`] and [`Known::Tend`]. It is not part of the result, because the compiler would leave it undefined in the
+/// `can_leave_by` is asked whether this hook can send by the way that the flow is known to take. `translation` is filled in for
+/// [`Known::Translate`] and [`Known::Tend`]. It is not part of the result, because the compiler would leave it undefined in the
 /// others, and the verifier accepts no undefined value even where nobody looks at it.
 #[inline(always)]
 pub fn known<A: Family, T: Tables>(
     tables: T,
     packet: &Parsed<A>,
     lookup: &Lookup,
+    can_leave_by: impl Fn(u16) -> bool,
     translation: &mut Translation<A>,
 ) -> Known {
     let Lookup { fingerprint, now, scope, .. } = *lookup;
     let Some(found) = table::find(&tables, fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
     if !scope.has(direction) {
+        return Known::Elsewhere;
+    }
+    // Ways are found out again in every unit of time: they change.
+    let is_due = found.data.after(packet.segment, now).is_of_another_time(found.data);
+    let hop = if is_due { 0 } else { found.data.hop() };
+    if hop != 0 && !can_leave_by(hop) {
         return Known::Elsewhere;
     }
     let id = found.data.id();
@@ -204,6 +215,7 @@ pub fn known<A: Family, T: Tables>(
             *translation = Translation::to_frontend(frontend);
         }
     }
+    translation.hop = hop;
     // Written at most once per time unit and state.
     if table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
         Known::Tend

@@ -47,6 +47,7 @@ counters! {
     Fragment "fragment" "fragments passed untouched",
     Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
     RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
+    SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
 }
 
 impl Counter {

@@ -19,6 +19,7 @@ pub mod conntrack;
 pub mod counters;
 pub mod filter;
 pub mod flow;
+pub mod hop;
 pub mod maps;
 pub mod select;
 pub mod table;
@@ -28,4 +29,4 @@ pub mod time;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

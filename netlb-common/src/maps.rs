@@ -180,6 +180,8 @@ pub struct Interface {
 impl Interface {
     /// A pod's veth (or netkit) device, whose other end is in another network namespace: `bpf_redirect_peer` reaches the pod.
     pub const PEER: u8 = 1;
+    /// The XDP program is attached in the driver, so that frames can be sent there from XDP.
+    pub const XDP: u8 = 2;
 }
 
 /// What an interface is to netlb.

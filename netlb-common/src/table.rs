@@ -51,7 +51,7 @@ pub struct Slot {
 
 const _: () = assert!(size_of::<Bucket>() == 64);
 
-/// What a slot says of its flow, from bit 0: time 14, 16 unused, tag 6, flags 3, state 4, id 21.
+/// What a slot says of its flow, from bit 0: time 14, next hop 16, tag 6, flags 3, state 4, id 21.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(transparent)]
 pub struct Data(pub u64);
@@ -59,6 +59,8 @@ pub struct Data(pub u64);
 impl Data {
     const TIME_BITS: u32 = 14;
     const TIME: u64 = (1 << Self::TIME_BITS) - 1;
+    const HOP_SHIFT: u32 = Self::TIME_BITS;
+    const HOP: u64 = 0xffff << Self::HOP_SHIFT;
     const TAG_SHIFT: u32 = 30;
     const TAG: u64 = 0x3f << Self::TAG_SHIFT;
     /// Translates replies: the id is a frontend's, else a backend's.
@@ -97,6 +99,26 @@ impl Data {
     #[must_use]
     pub const fn direction(self) -> Direction {
         if self.0 & Self::REPLY == 0 { Direction::Forward } else { Direction::Reply }
+    }
+
+    /// The index in `HOPS` of the way its packets leave by, or 0 if it is not known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn hop(self) -> u16 {
+        (self.0 >> Self::HOP_SHIFT) as u16
+    }
+
+    #[inline(always)]
+    #[must_use]
+    const fn with_hop(self, hop: u16) -> Self {
+        Self(self.0 & !Self::HOP | (hop as u64) << Self::HOP_SHIFT)
+    }
+
+    /// Whether other data of this slot was written in another unit of time.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_of_another_time(self, other: Self) -> bool {
+        (self.0 ^ other.0) & Self::TIME != 0
     }
 
     /// Ticks since a packet was noted.
@@ -285,6 +307,12 @@ pub trait Operations: Storage + Copy {
     #[inline(always)]
     fn follow(self, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
         follow(&self, fingerprint, state, now)
+    }
+
+    /// Notes the way by which a direction of a flow leaves.
+    #[inline(always)]
+    fn leave_by(self, fingerprint: Fingerprint, hop: u16, now: Ticks) {
+        leave_by(&self, fingerprint, hop, now);
     }
 
     /// Frees a direction of a flow, wherever it stands. Says whether it was there.
@@ -620,6 +648,14 @@ pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, n
     true
 }
 
+/// Notes the way by which a direction of a flow leaves.
+#[inline(always)]
+pub fn leave_by<S: Storage>(storage: &S, fingerprint: Fingerprint, hop: u16, now: Ticks) {
+    if let Some(found) = find(storage, fingerprint, now) {
+        change(found.slot, found.data, |data| data.with_hop(hop));
+    }
+}
+
 /// Changes a live slot's data, and says whether it did. Where another CPU was faster, it starts from what that one made of it.
 #[inline(always)]
 pub fn change(slot: &Slot, mut data: Data, to: impl Fn(Data) -> Data) -> bool {
@@ -632,7 +668,7 @@ pub fn change(slot: &Slot, mut data: Data, to: impl Fn(Data) -> Data) -> bool {
             return true;
         }
         let now = Data(slot.data.load());
-        let is_same_flow = (now.0 ^ data.0) & !(Data::TIME | Data::STATE) == 0;
+        let is_same_flow = (now.0 ^ data.0) & !(Data::TIME | Data::HOP | Data::STATE) == 0;
         if !is_same_flow || now.state().0 <= State::CLAIMING.0 {
             return false;
         }

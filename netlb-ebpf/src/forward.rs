@@ -3,41 +3,44 @@
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_PROHIBIT,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE, bpf_fib_lookup as Lookup,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE, bpf_fib_lookup as FibLookup,
     },
     helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
 };
 use netlb_common::{
     addr::{Address, Ipv4Be, Ipv6Be, PortBe},
+    balance::Lookup,
     counters::Counter,
-    flow::{NETWORK, Parsed},
+    flow::Parsed,
+    hop::Way,
     maps::Interface,
+    table::Operations as _,
 };
 
 use crate::{
     DROP, NEXT,
-    frame::{Frame, HardwareAddresses},
-    maps,
+    frame::{Frame, HardwareAddresses, Skb},
+    maps::{self, Kernel},
 };
 
 /// `AF_INET`, `AF_INET6`.
 const FAMILY_V4: u8 = 2;
 const FAMILY_V6: u8 = 10;
 
-/// Where a packet goes next. Every field always has a value: the verifier accepts no undefined ones, which the parts of an enum would be.
+/// What routing says of a packet. Every field always has a value: the verifier accepts no undefined ones, which the parts of an enum
+/// would be.
 #[derive(Clone, Copy)]
 pub(crate) struct Route {
-    pub(crate) way: Way,
-    /// The way out.
+    pub(crate) outcome: Outcome,
+    /// See [`Way`].
     pub(crate) interface: u32,
-    /// What to write, where the next hop is resolved.
+    pub(crate) flags: u8,
+    pub(crate) mtu: u16,
     pub(crate) addresses: HardwareAddresses,
-    /// The length of datagrams the way takes, where the packet is longer.
-    pub(crate) mtu: u32,
 }
 
 #[derive(Clone, Copy, Eq, PartialEq)]
-pub(crate) enum Way {
+pub(crate) enum Outcome {
     /// To a neighbour whose hardware address is known.
     Resolved,
     /// To one whose address is yet to be asked for.
@@ -50,21 +53,28 @@ pub(crate) enum Way {
 
 impl Route {
     pub(crate) const STACK: Self = Self {
-        way: Way::Stack,
+        outcome: Outcome::Stack,
         interface: 0,
-        addresses: HardwareAddresses { destination: [0; 6], source: [0; 6] },
+        flags: 0,
         mtu: 0,
+        addresses: HardwareAddresses { destination: [0; 6], source: [0; 6] },
     };
+
+    #[inline(always)]
+    pub(crate) const fn way(&self) -> Way {
+        let Self { interface, flags, mtu, addresses, .. } = *self;
+        Way { interface, mtu, flags, addresses: addresses.words() }
+    }
 }
 
 /// Addresses as the FIB wants them.
 pub(crate) trait Routable: Address {
-    fn fill(lookup: &mut Lookup, source: Self, destination: Self);
+    fn fill(lookup: &mut FibLookup, source: Self, destination: Self);
 }
 
 impl Routable for Ipv4Be {
     #[inline(always)]
-    fn fill(lookup: &mut Lookup, source: Self, destination: Self) {
+    fn fill(lookup: &mut FibLookup, source: Self, destination: Self) {
         lookup.family = FAMILY_V4;
         lookup.__bindgen_anon_3.ipv4_src = source.0;
         lookup.__bindgen_anon_4.ipv4_dst = destination.0;
@@ -73,7 +83,7 @@ impl Routable for Ipv4Be {
 
 impl Routable for Ipv6Be {
     #[inline(always)]
-    fn fill(lookup: &mut Lookup, source: Self, destination: Self) {
+    fn fill(lookup: &mut FibLookup, source: Self, destination: Self) {
         lookup.family = FAMILY_V6;
         lookup.__bindgen_anon_3.ipv6_src = words(source);
         lookup.__bindgen_anon_4.ipv6_dst = words(destination);
@@ -91,75 +101,87 @@ fn words(address: Ipv6Be) -> [u32; 4] {
     }
 }
 
-/// Asks the kernel's routing where a packet would go after its translation. `input` is the interface that it came in on, as routing sees
-/// it: for the port of a bridge, the bridge.
+/// Asks the kernel's routing where a packet that came in on `input` would go after its translation.
 #[inline(always)]
 pub(crate) fn route<A: Routable>(
-    frame: &Frame,
+    frame: &impl Frame,
     packet: &Parsed<A>,
     (source, source_port): (A, PortBe),
     (destination, destination_port): (A, PortBe),
     input: u32,
 ) -> Route {
+    // Routing knows the bridge, not its port.
+    let bridge = maps::interface(input).map_or(0, |interface| interface.master);
     // SAFETY: plain integers.
-    let mut lookup: Lookup = unsafe { core::mem::zeroed() };
+    let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
     A::fill(&mut lookup, source, destination);
     lookup.l4_protocol = packet.tuple.protocol;
     lookup.sport = source_port.0;
     lookup.dport = destination_port.0;
-    lookup.ifindex = input;
-    lookup.__bindgen_anon_1.tot_len = datagram_len(frame, packet);
+    lookup.ifindex = if bridge == 0 { input } else { bridge };
+    lookup.__bindgen_anon_1.tot_len = frame.datagram_len(packet);
     // SAFETY: the structure is the helper's.
-    let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<Lookup>() as i32, 0) } as u32;
+    let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<FibLookup>() as i32, 0) } as u32;
+    let out = maps::interface(lookup.ifindex).map_or(0, |interface| interface.flags);
+    let mut flags = 0;
+    if out & Interface::PEER != 0 {
+        flags |= Way::PEER;
+    }
+    if out & Interface::XDP != 0 {
+        flags |= Way::XDP;
+    }
+    if bridge != 0 && bridge == lookup.ifindex {
+        flags |= Way::BRIDGED;
+    }
     Route {
-        way: match result {
-            BPF_FIB_LKUP_RET_SUCCESS => Way::Resolved,
-            BPF_FIB_LKUP_RET_NO_NEIGH => Way::Unresolved,
-            BPF_FIB_LKUP_RET_FRAG_NEEDED => Way::TooBig,
-            BPF_FIB_LKUP_RET_BLACKHOLE | BPF_FIB_LKUP_RET_UNREACHABLE | BPF_FIB_LKUP_RET_PROHIBIT => Way::Nowhere,
-            _ => Way::Stack,
+        outcome: match result {
+            BPF_FIB_LKUP_RET_SUCCESS => Outcome::Resolved,
+            BPF_FIB_LKUP_RET_NO_NEIGH => Outcome::Unresolved,
+            BPF_FIB_LKUP_RET_FRAG_NEEDED => Outcome::TooBig,
+            BPF_FIB_LKUP_RET_BLACKHOLE | BPF_FIB_LKUP_RET_UNREACHABLE | BPF_FIB_LKUP_RET_PROHIBIT => Outcome::Nowhere,
+            _ => Outcome::Stack,
         },
         interface: lookup.ifindex,
-        addresses: HardwareAddresses { destination: lookup.dmac, source: lookup.smac },
+        flags,
         // SAFETY: a number in either reading.
-        mtu: unsafe { lookup.__bindgen_anon_1.mtu_result } as u32,
+        mtu: unsafe { lookup.__bindgen_anon_1.mtu_result },
+        addresses: HardwareAddresses { destination: lookup.dmac, source: lookup.smac },
     }
 }
 
-/// The longest datagram that this frame becomes on the wire.
+/// Has the flow of a packet remember its way.
 #[inline(always)]
-pub(crate) fn datagram_len<A>(frame: &Frame, packet: &Parsed<A>) -> u16 {
-    let segment = frame.segment_size();
-    let len = if segment == 0 {
-        frame.len() as usize - NETWORK
-    } else {
-        packet.transport + packet.transport_len - NETWORK + segment as usize
-    };
-    if len > u16::MAX as usize { u16::MAX } else { len as u16 }
+pub(crate) fn keep(route: &Route, lookup: &Lookup) {
+    if route.outcome != Outcome::Resolved {
+        return;
+    }
+    let hop = maps::keep_way(&route.way(), lookup.now);
+    if hop != 0 {
+        Kernel.leave_by(lookup.fingerprint, hop, lookup.now);
+    }
 }
 
 /// Sends a rewritten packet out. Returns the program's result.
 #[inline(always)]
-pub(crate) fn send(frame: &Frame, route: &Route) -> i32 {
-    let is_peer = maps::interface(route.interface).is_some_and(|interface| interface.flags & Interface::PEER != 0);
-    if is_peer {
+pub(crate) fn send(frame: &Skb, way: &Way, outcome: Outcome) -> i32 {
+    if way.has(Way::PEER) {
         if frame.address_to_host().is_err() {
             return refused();
         }
         maps::count(Counter::ToPeer);
         // SAFETY: plain integers.
-        return unsafe { bpf_redirect_peer(route.interface, 0) } as i32;
+        return unsafe { bpf_redirect_peer(way.interface, 0) } as i32;
     }
     maps::count(Counter::ToInterface);
-    if route.way == Way::Unresolved {
+    if outcome == Outcome::Unresolved {
         // SAFETY: no parameters: the kernel finds the next hop by the packet's destination.
-        return unsafe { bpf_redirect_neigh(route.interface, core::ptr::null_mut(), 0, 0) as i32 };
+        return unsafe { bpf_redirect_neigh(way.interface, core::ptr::null_mut(), 0, 0) as i32 };
     }
-    if frame.store(0, &route.addresses, 0).is_err() {
+    if frame.store(0, &way.addresses, 0).is_err() {
         return refused();
     }
     // SAFETY: plain integers.
-    unsafe { bpf_redirect(route.interface, 0) as i32 }
+    unsafe { bpf_redirect(way.interface, 0) as i32 }
 }
 
 /// Leaves a packet to the kernel, or to the next program.

@@ -12,9 +12,15 @@ mod maps;
 mod pipeline;
 mod rewrite;
 mod subprograms;
+mod tc;
 mod too_big;
+mod xdp;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
+};
+use frame::{Skb, Xdp};
 
 /// `TCX_NEXT`, and `TC_ACT_UNSPEC` for clsact: the packet goes on to the next program of the interface, or up.
 const NEXT: i32 = -1;
@@ -23,13 +29,19 @@ const DROP: i32 = aya_ebpf::bindings::TC_ACT_SHOT;
 /// What comes in: requests of clients, and replies of backends where they are redirected.
 #[classifier]
 pub(crate) fn netlb_ingress(ctx: TcContext) -> i32 {
-    pipeline::ingress(&frame::Frame::new(ctx.skb.skb))
+    tc::ingress(&Skb::new(ctx.skb.skb))
 }
 
 /// What the node sends: replies that the kernel routed.
 #[classifier]
 pub(crate) fn netlb_egress(ctx: TcContext) -> i32 {
-    pipeline::egress(&frame::Frame::new(ctx.skb.skb))
+    tc::egress(&Skb::new(ctx.skb.skb))
+}
+
+/// What a device receives: packets that leave by a device again.
+#[xdp]
+pub(crate) fn netlb_xdp(ctx: XdpContext) -> u32 {
+    xdp::receive(&Xdp::new(ctx.ctx)) as u32
 }
 
 /// Never reached: the build refuses an object that can panic.

@@ -14,6 +14,7 @@ use netlb_common::{
     conntrack::State,
     counters::Counter,
     flow::{Family, HashKey, Parsed},
+    hop::{self, Hop, Way},
     maps::{
         Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
         Settings, Tally,
@@ -55,6 +56,8 @@ static CURSORS: Array<Tally, 1, MMAPABLE> = Array::new();
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 #[btf_map]
 static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -153,6 +156,18 @@ pub(crate) fn now() -> Ticks {
 pub(crate) fn interface(index: u32) -> Option<Interface> {
     // SAFETY: copied at once; an element that is replaced meanwhile shows an older or newer interface of this index.
     unsafe { INTERFACES.get(index) }.copied()
+}
+
+/// The way with this index, or none: [`Way::NONE`].
+#[inline(always)]
+pub(crate) fn way(hop: u16) -> Way {
+    HOPS.get(hop as u32).and_then(Hop::way).unwrap_or(Way::NONE)
+}
+
+/// Remembers a way, and returns its index.
+#[inline(always)]
+pub(crate) fn keep_way(way: &Way, now: Ticks) -> u16 {
+    hop::keep(|index| HOPS.get(index), way, now)
 }
 
 /// Counts a packet for its service.

@@ -1,4 +1,4 @@
-//! The way of a packet through a hook: parse, address filter, balance, route, rewrite, send.
+//! What every hook does with a packet: parse, address filter, balance. What becomes of a translated one is the hook's.
 
 use netlb_common::{
     addr::{Ipv4Be, Ipv6Be, PortBe},
@@ -6,57 +6,27 @@ use netlb_common::{
     conntrack::Direction,
     counters::Counter,
     flow::Parsed,
-    maps::{forwarding, log_level, role},
-    wire::{Ignore, ethernet},
+    maps::role,
+    wire::Ignore,
 };
 
 use crate::{
-    DROP, NEXT,
-    forward::{self, Routable, Route, Way},
+    forward::{self, Outcome, Routable},
     frame::Frame,
     maps::{self, Kernel, Work},
-    rewrite::{Rewrite, rewrite},
-    subprograms::{self, Parts},
-    too_big::{self, Answer},
+    rewrite::{Rewrite, RewriteInPlace},
+    subprograms::{Hook, Parts},
+    too_big::Answer,
 };
 
-/// Datagrams up to this length fit every way (RFC 791: every host takes them), so that only longer ones are asked about.
-const ALWAYS_FITS: u16 = 576;
-
 /// A family with all that packets need.
-pub(crate) trait Packet: Rewrite + Routable + Answer + Parts {}
+pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Parts {}
 
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
 
 #[inline(always)]
-pub(crate) fn ingress(frame: &Frame) -> i32 {
-    if frame.is_tagged() {
-        return NEXT;
-    }
-    frame.pull_headers();
-    match ethernet::ether_type(frame) {
-        Ok(ethernet::IPV4) => receive::<Ipv4Be>(frame),
-        Ok(ethernet::IPV6) => receive::<Ipv6Be>(frame),
-        _ => NEXT,
-    }
-}
-
-#[inline(always)]
-pub(crate) fn egress(frame: &Frame) -> i32 {
-    if frame.is_tagged() {
-        return NEXT;
-    }
-    frame.pull_headers();
-    match ethernet::ether_type(frame) {
-        Ok(ethernet::IPV4) => transmit::<Ipv4Be>(frame),
-        Ok(ethernet::IPV6) => transmit::<Ipv6Be>(frame),
-        _ => NEXT,
-    }
-}
-
-#[inline(always)]
-fn parse<A: Packet>(frame: &Frame) -> Option<Parsed<A>> {
+fn parse<A: Packet>(frame: &impl Frame) -> Option<Parsed<A>> {
     match A::parse(frame) {
         Ok(packet) => Some(packet),
         Err(why) => {
@@ -70,29 +40,13 @@ fn parse<A: Packet>(frame: &Frame) -> Option<Parsed<A>> {
     }
 }
 
+/// What becomes of a packet. `can_leave_by` says whether the hook can send by a way with this index.
 #[inline(always)]
-fn receive<A: Packet>(frame: &Frame) -> i32 {
-    let scope = if maps::forwarding() == forwarding::FAST { Scope::Both } else { Scope::Forward };
-    match decide::<A>(frame, scope) {
-        (Verdict::Translate, Some(work)) => A::dispatch(frame, work),
-        (Verdict::Drop, _) => DROP,
-        _ => NEXT,
-    }
-}
-
-/// What the node sends has been routed already: its source changes, and nothing else.
-#[inline(always)]
-fn transmit<A: Packet>(frame: &Frame) -> i32 {
-    match decide::<A>(frame, Scope::Replies) {
-        (Verdict::Translate, Some(work)) => A::restore(frame, work),
-        (Verdict::Drop, _) => DROP,
-        _ => NEXT,
-    }
-}
-
-/// What becomes of a packet.
-#[inline(always)]
-fn decide<'a, A: Packet>(frame: &Frame, scope: Scope) -> (Verdict, Option<&'a mut Work<A>>) {
+pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
+    frame: &F,
+    scope: Scope,
+    can_leave_by: impl Fn(u16) -> bool,
+) -> (Verdict, Option<&'a mut Work<A>>) {
     const PASS: Verdict = Verdict::Pass;
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
     let Some(packet) = parse::<A>(frame) else { return (PASS, None) };
@@ -112,7 +66,7 @@ fn decide<'a, A: Packet>(frame: &Frame, scope: Scope) -> (Verdict, Option<&'a mu
     work.translation = Translation::none();
     // SAFETY: the same reference.
     let work = unsafe { &mut *maps::forget(work) };
-    let verdict = match balance::known(Kernel, &work.packet, &work.lookup, &mut work.translation) {
+    let verdict = match balance::known(Kernel, &work.packet, &work.lookup, can_leave_by, &mut work.translation) {
         Known::Translate => Verdict::Translate,
         Known::Tend => {
             A::tend(work);
@@ -122,36 +76,31 @@ fn decide<'a, A: Packet>(frame: &Frame, scope: Scope) -> (Verdict, Option<&'a mu
         Known::Elsewhere => Verdict::Pass,
         Known::No => match A::select(work) {
             Selection::NONE => A::lost_reply(work),
-            selection => A::place(frame, work, selection),
+            selection => frame.place(work, selection),
         },
     };
-    if verdict == Verdict::Translate {
-        account(frame, &work.translation);
-    }
     (verdict, Some(work))
 }
 
 /// Makes the flow of a packet to a service.
 #[inline(always)]
-pub(crate) fn place<A: Packet>(frame: &Frame, work: &mut Work<A>, selection: Selection) -> Verdict {
+pub(crate) fn place<A: Packet, F: Hook<A>>(frame: &F, work: &mut Work<A>, selection: Selection) -> Verdict {
     let Work { packet, translation, lookup } = work;
-    let admits = |backend: A| A::returns_here(frame, packet, backend);
+    let admits = |backend: A| frame.returns_here(packet, backend);
     balance::place(Kernel, packet, lookup, selection, admits, translation)
 }
 
+/// Counts a translated packet.
 #[inline(always)]
-fn account<A: Packet>(frame: &Frame, translation: &Translation<A>) {
+pub(crate) fn account<A: Packet>(frame: &impl Frame, translation: &Translation<A>) {
     let is_reply = translation.direction == Direction::Reply;
     maps::count_packets(translation.service, is_reply, frame.packets(), frame.len() as u64);
-    if maps::log_level() >= log_level::DEBUG && translation.is_new {
-        subprograms::log_flow(frame, translation.service);
-    }
 }
 
 /// Whether the replies of a backend to this packet come back through this node. They do but for a packet from outside whose backend is
 /// outside as well.
 #[inline(always)]
-pub(crate) fn returns_here<A: Packet>(frame: &Frame, packet: &Parsed<A>, backend: A) -> bool {
+pub(crate) fn returns_here<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: A) -> bool {
     let index = frame.interface();
     if maps::interface(index).is_none_or(|interface| interface.role != role::UPLINK) {
         return true;
@@ -159,60 +108,13 @@ pub(crate) fn returns_here<A: Packet>(frame: &Frame, packet: &Parsed<A>, backend
     let tuple = &packet.tuple;
     let client = (tuple.source, tuple.source_port);
     let route = forward::route(frame, packet, client, (backend, tuple.destination_port), index);
-    !matches!(route.way, Way::Resolved | Way::Unresolved)
+    !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
         || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
-}
-
-/// Rewrites a packet that the kernel sends.
-#[inline(always)]
-pub(crate) fn restore<A: Packet>(frame: &Frame, work: &Work<A>) -> i32 {
-    match rewrite(frame, &work.packet, &work.translation, work.packet.ttl) {
-        Ok(()) => NEXT,
-        Err(_) => forward::refused(),
-    }
-}
-
-/// Rewrites a packet and sends it on.
-#[inline(always)]
-pub(crate) fn dispatch<A: Packet>(frame: &Frame, work: &Work<A>) -> i32 {
-    let Work { packet, translation, .. } = work;
-    let is_fast = maps::forwarding() == forwarding::FAST;
-    let mut route = Route::STACK;
-    let mut input = frame.interface();
-    let mut is_port = false;
-    if is_fast || forward::datagram_len(frame, packet) > ALWAYS_FITS {
-        if let Some(interface) = maps::interface(input)
-            && interface.master != 0
-        {
-            (input, is_port) = (interface.master, true);
-        }
-        let (source, destination) = ends(packet, translation);
-        route = forward::route(frame, packet, source, destination, input);
-    }
-    match route.way {
-        Way::Resolved | Way::Unresolved if is_fast => {
-            // Within one bridge it is not forwarded.
-            let ttl = if is_port && route.interface == input { packet.ttl } else { packet.ttl - 1 };
-            match rewrite(frame, packet, translation, ttl) {
-                Ok(()) => forward::send(frame, &route),
-                Err(_) => forward::refused(),
-            }
-        }
-        Way::TooBig if packet.dont_fragment => too_big::answer(frame, packet, route.mtu),
-        Way::Nowhere => {
-            maps::count(Counter::NoRoute);
-            DROP
-        }
-        _ => match rewrite(frame, packet, translation, packet.ttl) {
-            Ok(()) => forward::to_stack(),
-            Err(_) => forward::refused(),
-        },
-    }
 }
 
 /// Source and destination after the translation.
 #[inline(always)]
-fn ends<A: Packet>(packet: &Parsed<A>, translation: &Translation<A>) -> ((A, PortBe), (A, PortBe)) {
+pub(crate) fn ends<A: Packet>(packet: &Parsed<A>, translation: &Translation<A>) -> ((A, PortBe), (A, PortBe)) {
     let tuple = &packet.tuple;
     let new = (translation.address, translation.port);
     match translation.direction {

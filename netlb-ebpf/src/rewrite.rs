@@ -1,6 +1,6 @@
 //! Putting a translation into a packet, checksums included.
 //!
-//! The kernel's helpers are used for what offloads depend on: they know whether a checksum is complete, partial or still to be made.
+//! At TC the kernel's helpers are used for what offloads depend on: they know whether a checksum is complete, partial or still to be made.
 //!
 //! - IPv4: the header checksum is recomputed here and written with the address in one go, so that the header still sums to zero and the
 //!   device's sum over the packet (CHECKSUM_COMPLETE) stays right.
@@ -14,15 +14,16 @@ use netlb_common::{
     checksum::{self, Delta},
     conntrack::Direction,
     flow::{Family, NETWORK, Parsed},
+    hop::Way,
     wire::{ipv4, ipv6, tcp, udp},
 };
 
-use crate::frame::{Frame, Refused};
+use crate::frame::{Refused, Skb, Writable, Xdp};
 
 /// A family whose packets can be rewritten.
 pub(crate) trait Rewrite: Family {
     /// Writes the IP header: both addresses and the hops left. `delta` is the addresses' change.
-    fn write_header(frame: &Frame, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused>;
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused>;
 }
 
 /// What the packet shall say.
@@ -32,36 +33,51 @@ pub(crate) struct Ends<A> {
     pub(crate) ttl: u8,
 }
 
+/// What a translation makes of a packet.
+struct Change<A> {
+    old: (A, PortBe),
+    source: A,
+    destination: A,
+    ports: [PortBe; 2],
+}
+
+impl<A: Family> Change<A> {
+    #[inline(always)]
+    fn new(packet: &Parsed<A>, translation: &Translation<A>) -> Self {
+        let tuple = &packet.tuple;
+        match translation.direction {
+            Direction::Forward => Self {
+                old: (tuple.destination, tuple.destination_port),
+                source: tuple.source,
+                destination: translation.address,
+                ports: [tuple.source_port, translation.port],
+            },
+            Direction::Reply => Self {
+                old: (tuple.source, tuple.source_port),
+                source: translation.address,
+                destination: tuple.destination,
+                ports: [translation.port, tuple.destination_port],
+            },
+        }
+    }
+}
+
 /// Rewrites a packet; `ttl` is what it shall say.
 #[inline(always)]
 pub(crate) fn rewrite<A: Rewrite>(
-    frame: &Frame,
+    frame: &Skb,
     packet: &Parsed<A>,
     translation: &Translation<A>,
     ttl: u8,
 ) -> Result<(), Refused> {
-    let tuple = &packet.tuple;
-    let (old_address, old_port, ends, ports) = match translation.direction {
-        Direction::Forward => (
-            tuple.destination,
-            tuple.destination_port,
-            Ends { source: tuple.source, destination: translation.address, ttl },
-            [tuple.source_port, translation.port],
-        ),
-        Direction::Reply => (
-            tuple.source,
-            tuple.source_port,
-            Ends { source: translation.address, destination: tuple.destination, ttl },
-            [translation.port, tuple.destination_port],
-        ),
-    };
+    let Change { old: (old_address, old_port), source, destination, ports } = Change::new(packet, translation);
     let delta = Delta::address(old_address, translation.address);
-    let (check, mangled) = if tuple.protocol == tcp::PROTOCOL {
+    let (check, mangled) = if packet.tuple.protocol == tcp::PROTOCOL {
         (packet.transport + tcp::CHECK, 0)
     } else {
         (packet.transport + udp::CHECK, BPF_F_MARK_MANGLED_0 as u64)
     };
-    A::write_header(frame, packet, &ends, delta)?;
+    A::write_header(frame, packet, &Ends { source, destination, ttl }, delta)?;
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
     frame.replace_checksum(check, 0, delta.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
     if old_port != translation.port {
@@ -73,7 +89,7 @@ pub(crate) fn rewrite<A: Rewrite>(
 
 impl Rewrite for Ipv4Be {
     #[inline(always)]
-    fn write_header(frame: &Frame, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused> {
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused> {
         /// From the time to live to the destination (RFC 791 §3.1).
         #[repr(C)]
         struct Part {
@@ -97,7 +113,7 @@ impl Rewrite for Ipv4Be {
 
 impl Rewrite for Ipv6Be {
     #[inline(always)]
-    fn write_header(frame: &Frame, packet: &Parsed<Self>, new: &Ends<Self>, _: Delta) -> Result<(), Refused> {
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, _: Delta) -> Result<(), Refused> {
         let recompute = BPF_F_RECOMPUTE_CSUM as u64;
         if new.ttl != packet.ttl {
             frame.store(NETWORK + ipv6::HOP_LIMIT, &new.ttl, recompute)?;
@@ -107,3 +123,86 @@ impl Rewrite for Ipv6Be {
 }
 
 const _: () = assert!(Ipv6Be::LEN == 16);
+
+/// A family whose packets can be rewritten where they lie.
+pub(crate) trait RewriteInPlace: Family {
+    /// Where the length stands in the IP header, and what it does not count of the packet.
+    const LENGTH: (usize, usize);
+
+    /// Writes the IP header: both addresses, and one hop less. `delta` is the addresses' change.
+    fn write_in_place(frame: Writable, packet: &Parsed<Self>, source: Self, destination: Self, delta: Delta);
+}
+
+/// The longest way to a transport header that is gone: the verifier forgets what parsing knew.
+const MOST_HEADERS: usize = 512;
+
+/// Rewrites a packet, hardware addresses included, or leaves it as it is.
+#[inline(always)]
+pub(crate) fn rewrite_in_place<A: RewriteInPlace>(
+    frame: &Xdp,
+    packet: &Parsed<A>,
+    translation: &Translation<A>,
+    way: &Way,
+) -> Result<(), Refused> {
+    let tuple = &packet.tuple;
+    let is_tcp = tuple.protocol == tcp::PROTOCOL;
+    let at = packet.transport;
+    if at > MOST_HEADERS {
+        return Err(Refused);
+    }
+    let check = if is_tcp { tcp::CHECK } else { udp::CHECK };
+    let transport = frame.window_mut(at, if is_tcp { tcp::CHECK + 2 } else { udp::LEN })?;
+    let frame = frame.window_mut(0, NETWORK + A::HEADER_LEN)?;
+
+    // A sender on this machine may have left the checksum to its device, which has not seen it: then the sum is that of the pseudo header,
+    // and only the kernel knows.
+    let (length, uncounted) = A::LENGTH;
+    let transport_len = NETWORK + uncounted + u16::from_be(frame.half(NETWORK + length)) as usize - at;
+    let pseudo = tuple.source.sum()
+        + tuple.destination.sum()
+        + (tuple.protocol as u16).to_be() as u64
+        + (transport_len as u16).to_be() as u64;
+    if packet.check == !checksum::finish(pseudo) && packet.check != 0 {
+        return Err(Refused);
+    }
+
+    let Change { old: (old_address, old_port), source, destination, ports } = Change::new(packet, translation);
+    let delta = Delta::address(old_address, translation.address);
+    let [a, b, c] = way.addresses;
+    frame.set(0, a);
+    frame.set(4, b);
+    frame.set(8, c);
+    A::write_in_place(frame, packet, source, destination, delta);
+    let delta = delta.plus(Delta::half(old_port.0, translation.port.0));
+    let sum = if is_tcp { checksum::update(packet.check, delta) } else { checksum::update_udp(packet.check, delta) };
+    transport.set(check, sum);
+    transport.set(0, ports);
+    Ok(())
+}
+
+impl RewriteInPlace for Ipv4Be {
+    const LENGTH: (usize, usize) = (ipv4::TOTAL_LEN, 0);
+
+    #[inline(always)]
+    fn write_in_place(frame: Writable, packet: &Parsed<Self>, source: Self, destination: Self, delta: Delta) {
+        let protocol = packet.tuple.protocol;
+        let ttl = packet.ttl - 1;
+        let hops = Delta::half(u16::from_ne_bytes([packet.ttl, protocol]), u16::from_ne_bytes([ttl, protocol]));
+        frame.set(NETWORK + ipv4::TTL, ttl);
+        frame.set(NETWORK + ipv4::CHECK, checksum::update(packet.ip_check, delta.plus(hops)));
+        frame.set(NETWORK + ipv4::SOURCE, source);
+        frame.set(NETWORK + ipv4::DESTINATION, destination);
+    }
+}
+
+impl RewriteInPlace for Ipv6Be {
+    const LENGTH: (usize, usize) = (ipv6::PAYLOAD_LEN, ipv6::LEN);
+
+    #[inline(always)]
+    fn write_in_place(frame: Writable, packet: &Parsed<Self>, source: Self, destination: Self, _: Delta) {
+        frame.set(NETWORK + ipv6::HOP_LIMIT, packet.ttl - 1);
+        for (at, word) in [source.0[0], source.0[1], destination.0[0], destination.0[1]].into_iter().enumerate() {
+            frame.set(NETWORK + ipv6::SOURCE + 8 * at, word);
+        }
+    }
+}

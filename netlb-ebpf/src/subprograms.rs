@@ -3,7 +3,7 @@
 //! Functions with external linkage, arguments of plain types and a number as result: such the verifier checks once by themselves, and
 //! knows nothing of what they return. Everything else is inlined into the programs.
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
@@ -15,10 +15,9 @@ use netlb_common::{
 };
 
 use crate::{
-    DROP,
-    frame::Frame,
+    frame::{Frame, Skb, Xdp},
     maps::{self, Kernel, Work},
-    pipeline,
+    pipeline, tc, xdp,
 };
 
 macro_rules! subprogram {
@@ -51,6 +50,11 @@ subprogram! {
         table::follow(&Kernel, Fingerprint(fingerprint), State(state as u8), Ticks(now)) as u32
     }
 
+    fn flow_leave_by(fingerprint: u64, hop: u32, now: u32) -> u32 {
+        table::leave_by(&Kernel, Fingerprint(fingerprint), hop as u16, Ticks(now));
+        0
+    }
+
     fn flow_remove(fingerprint: u64, now: u32) -> u32 {
         table::remove(&Kernel, Fingerprint(fingerprint), Ticks(now)) as u32
     }
@@ -58,7 +62,7 @@ subprogram! {
 
 subprogram! {
     fn log_new_flow(skb: *mut __sk_buff, service: u32) -> u32 {
-        let frame = Frame::new(skb);
+        let frame = Skb::new(skb);
         debug!(frame.context(), "new flow of service {} on interface {}", service, frame.interface());
         0
     }
@@ -66,39 +70,33 @@ subprogram! {
 
 /// Logs that a flow began.
 #[inline(always)]
-pub(crate) fn log_flow(frame: &Frame, service: u32) {
+pub(crate) fn log_flow(frame: &Skb, service: u32) {
     log_new_flow(frame.skb(), service);
 }
 
 /// The parts of the pipeline that are subprograms, for each family.
 pub(crate) trait Parts: Sized {
     fn select(work: &Work<Self>) -> Selection;
-    fn place(frame: &Frame, work: &mut Work<Self>, selection: Selection) -> Verdict;
-    fn returns_here(frame: &Frame, packet: &Parsed<Self>, backend: Self) -> bool;
     fn lost_reply(work: &mut Work<Self>) -> Verdict;
     fn tend(work: &Work<Self>);
-    /// Rewrites the packet and sends it on.
-    fn dispatch(frame: &Frame, work: &Work<Self>) -> i32;
     /// Rewrites a packet that the kernel sends.
-    fn restore(frame: &Frame, work: &Work<Self>) -> i32;
+    fn restore(frame: &Skb, work: &Work<Self>) -> i32;
+}
+
+/// Those that need the frame, for each hook and family.
+pub(crate) trait Hook<A>: Frame {
+    fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
+    fn returns_here(&self, packet: &Parsed<A>, backend: A) -> bool;
+    /// Rewrites a packet and sends it on.
+    fn dispatch(&self, work: &Work<A>) -> i32;
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $place:ident, $returns_here:ident, $lost_reply:ident, $tend:ident, $dispatch:ident, $restore:ident) => {
+    ($family:ty, $select:ident, $lost_reply:ident, $tend:ident, $restore:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>) -> u64 {
                 unsafe { work.as_ref() }.map_or(Selection::NONE, |work| balance::select(Kernel, &work.packet, &work.lookup)).0
-            }
-
-            fn $place(skb: *mut __sk_buff, work: *mut Work<$family>, selection: u64) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
-                pipeline::place(&Frame::new(skb), work, Selection(selection)) as u32
-            }
-
-            fn $returns_here(skb: *mut __sk_buff, packet: *const Parsed<$family>, backend: *const $family) -> u32 {
-                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, unsafe { backend.as_ref() }) else { return 0 };
-                pipeline::returns_here(&Frame::new(skb), packet, *backend) as u32
             }
 
             fn $lost_reply(work: *mut Work<$family>) -> u32 {
@@ -113,11 +111,7 @@ macro_rules! parts {
             }
 
             fn $restore(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or(DROP, |work| pipeline::restore(&Frame::new(skb), work))
-            }
-
-            fn $dispatch(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or(DROP, |work| pipeline::dispatch(&Frame::new(skb), work))
+                unsafe { work.as_ref() }.map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
             }
         }
 
@@ -125,16 +119,6 @@ macro_rules! parts {
             #[inline(always)]
             fn select(work: &Work<Self>) -> Selection {
                 Selection($select(work))
-            }
-
-            #[inline(always)]
-            fn place(frame: &Frame, work: &mut Work<Self>, selection: Selection) -> Verdict {
-                verdict($place(frame.skb(), work, selection.0))
-            }
-
-            #[inline(always)]
-            fn returns_here(frame: &Frame, packet: &Parsed<Self>, backend: Self) -> bool {
-                $returns_here(frame.skb(), packet, &backend) != 0
             }
 
             #[inline(always)]
@@ -148,20 +132,58 @@ macro_rules! parts {
             }
 
             #[inline(always)]
-            fn restore(frame: &Frame, work: &Work<Self>) -> i32 {
+            fn restore(frame: &Skb, work: &Work<Self>) -> i32 {
                 $restore(frame.skb(), work)
-            }
-
-            #[inline(always)]
-            fn dispatch(frame: &Frame, work: &Work<Self>) -> i32 {
-                $dispatch(frame.skb(), work)
             }
         }
     };
 }
 
-parts!(Ipv4Be, select_v4, place_v4, returns_here_v4, lost_reply_v4, tend_v4, dispatch_v4, restore_v4);
-parts!(Ipv6Be, select_v6, place_v6, returns_here_v6, lost_reply_v6, tend_v6, dispatch_v6, restore_v6);
+parts!(Ipv4Be, select_v4, lost_reply_v4, tend_v4, restore_v4);
+parts!(Ipv6Be, select_v6, lost_reply_v6, tend_v6, restore_v6);
+
+macro_rules! hook {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $returns_here:ident, $dispatch:ident) => {
+        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
+        subprogram! {
+            fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                pipeline::place(&$frame::new(context), work, Selection(selection)) as u32
+            }
+
+            fn $returns_here(context: *mut $context, packet: *const Parsed<$family>, backend: *const $family) -> u32 {
+                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, unsafe { backend.as_ref() }) else { return 0 };
+                pipeline::returns_here(&$frame::new(context), packet, *backend) as u32
+            }
+
+            fn $dispatch(context: *mut $context, work: *const Work<$family>) -> i32 {
+                unsafe { work.as_ref() }.map_or($frame::DROP, |work| $hook::dispatch(&$frame::new(context), work))
+            }
+        }
+
+        impl Hook<$family> for $frame {
+            #[inline(always)]
+            fn place(&self, work: &mut Work<$family>, selection: Selection) -> Verdict {
+                verdict($place(self.$as_context(), work, selection.0))
+            }
+
+            #[inline(always)]
+            fn returns_here(&self, packet: &Parsed<$family>, backend: $family) -> bool {
+                $returns_here(self.$as_context(), packet, &backend) != 0
+            }
+
+            #[inline(always)]
+            fn dispatch(&self, work: &Work<$family>) -> i32 {
+                $dispatch(self.$as_context(), work)
+            }
+        }
+    };
+}
+
+hook!(Skb, tc, __sk_buff, skb, Ipv4Be, place_v4, returns_here_v4, dispatch_v4);
+hook!(Skb, tc, __sk_buff, skb, Ipv6Be, place_v6, returns_here_v6, dispatch_v6);
+hook!(Xdp, xdp, xdp_md, md, Ipv4Be, xdp_place_v4, xdp_returns_here_v4, xdp_dispatch_v4);
+hook!(Xdp, xdp, xdp_md, md, Ipv6Be, xdp_place_v6, xdp_returns_here_v6, xdp_dispatch_v6);
 
 /// A verdict from the number a subprogram returned.
 #[inline(always)]
@@ -199,6 +221,11 @@ impl Operations for Kernel {
     #[inline(always)]
     fn follow(self, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
         flow_follow(fingerprint.0, state.0 as u32, now.0) != 0
+    }
+
+    #[inline(always)]
+    fn leave_by(self, fingerprint: Fingerprint, hop: u16, now: Ticks) {
+        flow_leave_by(fingerprint.0, hop as u32, now.0);
     }
 
     #[inline(always)]

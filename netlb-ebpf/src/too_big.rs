@@ -15,7 +15,7 @@ use netlb_common::{
 
 use crate::{
     forward,
-    frame::{Frame, HardwareAddresses, Refused},
+    frame::{Frame as _, HardwareAddresses, Refused, Skb},
     maps,
 };
 
@@ -32,7 +32,7 @@ pub(crate) trait Answer: Sized {
 
 /// Answers a packet that is too long for its way, instead of sending it on.
 #[inline(always)]
-pub(crate) fn answer<A: Answer>(frame: &Frame, packet: &Parsed<A>, mtu: u32) -> i32 {
+pub(crate) fn answer<A: Answer>(frame: &Skb, packet: &Parsed<A>, mtu: u32) -> i32 {
     maps::count(Counter::TooBig);
     match turn_round(frame, packet, mtu) {
         // SAFETY: plain integers.
@@ -42,7 +42,7 @@ pub(crate) fn answer<A: Answer>(frame: &Frame, packet: &Parsed<A>, mtu: u32) -> 
 }
 
 #[inline(always)]
-fn turn_round<A: Answer>(frame: &Frame, packet: &Parsed<A>, mtu: u32) -> Result<(), Refused> {
+fn turn_round<A: Answer>(frame: &Skb, packet: &Parsed<A>, mtu: u32) -> Result<(), Refused> {
     let HardwareAddresses { destination, source } = frame.hardware_addresses()?;
     frame.truncate((NETWORK + A::QUOTED) as u32)?;
     frame.make_room(size_of::<A::Message>() as i32)?;

@@ -21,7 +21,7 @@ pub use self::{
     diagnostic::Diagnostic,
     duration::{format_duration, parse_duration},
     glob::Glob,
-    sections::{Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, TcxOrder, Timeouts},
+    sections::{Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, TcxOrder, Timeouts, Xdp},
 };
 
 mod diagnostic;

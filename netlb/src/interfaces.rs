@@ -42,10 +42,18 @@ pub(crate) trait Hooks: Send {
     /// Tells the programs what an interface is.
     fn announce(&mut self, index: u32, interface: Interface) -> io::Result<()>;
     fn withdraw(&mut self, index: u32) -> io::Result<()>;
-    /// Attaches the programs, or makes sure that they are, and says through what.
-    fn attach(&mut self, index: u32) -> io::Result<&'static str>;
+    /// Attaches the programs, or makes sure that they are.
+    fn attach(&mut self, index: u32) -> io::Result<Attached>;
     /// Takes everything off an interface that may be gone.
     fn detach(&mut self, index: u32) -> io::Result<()>;
+}
+
+/// Through what programs are attached.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Attached {
+    pub(crate) hook: &'static str,
+    /// What is missing, where netlb works without it.
+    pub(crate) problem: Option<String>,
 }
 
 /// The interfaces that match, and what an operator should know of them.

@@ -40,6 +40,11 @@ pub const PASS: i32 = -1;
 pub const DROP: i32 = 2;
 pub const REDIRECT: i32 = 7;
 
+/// The same of XDP.
+pub const XDP_PASS: i32 = 2;
+pub const XDP_TX: i32 = 3;
+pub const XDP_REDIRECT: i32 = 4;
+
 /// Everything is tested with each.
 pub const CASES: [Case; 4] = [
     Case { family: Family::V4, protocol: Protocol::Tcp },
@@ -248,6 +253,18 @@ impl Lab {
     #[track_caller]
     pub fn to_clients(&self, frame: impl AsRef<[u8]>) -> Outcome {
         self.run(Program::Egress, frame, CLIENTS)
+    }
+
+    /// Has XDP receive a frame from the clients.
+    #[track_caller]
+    pub fn xdp_from_clients(&self, frame: impl AsRef<[u8]>) -> Outcome {
+        self.run(Program::Xdp, frame, CLIENTS)
+    }
+
+    /// The same from the backends.
+    #[track_caller]
+    pub fn xdp_from_backends(&self, frame: impl AsRef<[u8]>) -> Outcome {
+        self.run(Program::Xdp, frame, BACKENDS)
     }
 
     #[track_caller]

@@ -9,6 +9,7 @@ use crate::addr::Ipv4Be;
 
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
+pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
 pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
 pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);

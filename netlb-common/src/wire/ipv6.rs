@@ -8,6 +8,7 @@ use super::{Fields, Ignore, PacketBytes, tcp, udp};
 use crate::addr::Ipv6Be;
 
 pub const LEN: usize = size_of::<Ipv6Hdr>();
+pub const PAYLOAD_LEN: usize = offset_of!(Ipv6Hdr, payload_len);
 pub const HOP_LIMIT: usize = offset_of!(Ipv6Hdr, hop_limit);
 pub const SOURCE: usize = offset_of!(Ipv6Hdr, src_addr);
 pub const DESTINATION: usize = offset_of!(Ipv6Hdr, dst_addr);

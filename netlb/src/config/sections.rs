@@ -19,6 +19,7 @@ pub struct Node {
     pub forwarding: Forwarding,
     pub tcx_order: TcxOrder,
     pub attach: Attach,
+    pub xdp: Xdp,
 }
 
 /// How a translated packet leaves.
@@ -50,6 +51,18 @@ pub enum Attach {
     Auto,
     Tcx,
     Clsact,
+}
+
+/// Whether uplinks get the XDP program as well.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Xdp {
+    #[default]
+    Off,
+    /// In the device's driver.
+    Native,
+    /// In the kernel, for any device: slower than without.
+    Generic,
 }
 
 /// `[api]`.

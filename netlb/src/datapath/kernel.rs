@@ -21,7 +21,7 @@ use self::{
 };
 use super::Programmer;
 use crate::{
-    config::{Config, Forwarding, LogLevel},
+    config::{Config, Forwarding, LogLevel, Xdp},
     dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats},
     interfaces::Interfaces,
     model::Frontend,
@@ -92,6 +92,7 @@ impl Datapath {
             timeouts: &config.timeouts,
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
+            xdp: config.node.xdp != Xdp::Off,
         };
         let mut loaded = load::load(&options, pins)?;
         let programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;

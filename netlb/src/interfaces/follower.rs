@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use netlb_common::maps::Interface;
 
 use super::{
-    Hooks, Status,
+    Attached, Hooks, Status,
     link::{Kind, Link, Role, announcement, problem, role},
 };
 use crate::{
@@ -32,8 +32,7 @@ struct Matching {
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Outcome {
-    /// Through this.
-    Attached(&'static str),
+    Attached(Attached),
     /// Tried again after a while.
     Failed(String),
     /// Not even tried.
@@ -163,7 +162,12 @@ impl Follower {
         if before.is_none_or(|before| before.outcome != outcome || before.role != role) {
             let role = role.name();
             match outcome {
-                Outcome::Attached(hook) => tracing::info!(interface = name, index, role, hook, "attached"),
+                Outcome::Attached(Attached { hook, problem }) => {
+                    tracing::info!(interface = name, index, role, hook, "attached");
+                    if let Some(problem) = problem {
+                        tracing::warn!(interface = name, index, role, "attached in part: {problem}");
+                    }
+                }
                 Outcome::Failed(problem) => tracing::warn!(interface = name, index, role, "not attached: {problem}"),
                 Outcome::Refused(problem) => tracing::warn!(interface = name, index, role, "not attached: {problem}"),
             }
@@ -173,7 +177,7 @@ impl Follower {
     /// The programs find what an interface is before they run on it.
     fn put_on(&mut self, index: u32, interface: Interface) -> Outcome {
         match self.hooks.announce(index, interface).and_then(|()| self.hooks.attach(index)) {
-            Ok(hook) => Outcome::Attached(hook),
+            Ok(attached) => Outcome::Attached(attached),
             Err(error) => Outcome::Failed(error.to_string()),
         }
     }
@@ -191,12 +195,12 @@ impl Follower {
             name: self.links.get(index).map(|link| link.name.clone()).unwrap_or_default(),
             index: *index,
             role: matching.role.name().to_owned(),
-            hook: match matching.outcome {
-                Outcome::Attached(hook) => hook.to_owned(),
+            hook: match &matching.outcome {
+                Outcome::Attached(attached) => attached.hook.to_owned(),
                 _ => String::new(),
             },
             problem: match &matching.outcome {
-                Outcome::Attached(_) => None,
+                Outcome::Attached(attached) => attached.problem.clone(),
                 Outcome::Failed(problem) => Some(problem.clone()),
                 Outcome::Refused(problem) => Some((*problem).to_owned()),
             },

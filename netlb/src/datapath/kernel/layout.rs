@@ -6,6 +6,7 @@ use netlb_common::{
     conntrack::State,
     counters::Counter,
     filter,
+    hop::{self, Hop},
     maps::{
         Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
         Settings, Tally, forwarding, log_level,
@@ -139,6 +140,7 @@ impl Layout {
             Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
             Spec::hash::<u32, Interface>("INTERFACES", INTERFACES),
+            Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }
@@ -223,6 +225,7 @@ mod tests {
                 ("BACKEND_STATS", 131_073),
                 ("COUNTERS", 64),
                 ("INTERFACES", 8192),
+                ("HOPS", 16_384),
                 ("META", 1),
             ]
         );

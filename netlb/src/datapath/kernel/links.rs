@@ -7,27 +7,29 @@ use aya::{
     Ebpf,
     maps::{HashMap, MapData},
 };
-use netlb_common::maps::Interface;
+use netlb_common::maps::{Interface, role};
 
 use super::{
     clsact::Clsact,
     load::{Program, program_name},
     maps::{io_error, take_hash},
     pins::{Pins, ignore_missing},
-    syscall::{self, Direction, Order},
+    syscall::{self, Direction, Order, XdpMode},
 };
 use crate::{
-    config::{Attach, Forwarding, Node, TcxOrder},
-    interfaces::Hooks,
+    config::{Attach, Forwarding, Node, TcxOrder, Xdp},
+    interfaces::{Attached, Hooks},
 };
 
-/// Attaches the two programs.
+/// Attaches the programs.
 pub(super) struct Attacher {
     pins: Pins,
     interfaces: HashMap<MapData, u32, Interface>,
     ingress: Program,
     egress: Program,
     way: Way,
+    /// The program for uplinks, if they get one.
+    xdp: Option<(Program, XdpMode)>,
     /// A link takes the kernel an RCU grace period, so that the second is some milliseconds behind the first, and a new pod's packets may
     /// come in between.
     sequence: [Direction; 2],
@@ -60,6 +62,11 @@ impl Attacher {
             ingress: Program::new(ebpf, Direction::Ingress)?,
             egress: Program::new(ebpf, Direction::Egress)?,
             way,
+            xdp: match node.xdp {
+                Xdp::Off => None,
+                Xdp::Native => Some((Program::new_xdp(ebpf)?, XdpMode::Native)),
+                Xdp::Generic => Some((Program::new_xdp(ebpf)?, XdpMode::Generic)),
+            },
             sequence: match node.forwarding {
                 // All that most pods need.
                 Forwarding::Fast => [Direction::Ingress, Direction::Egress],
@@ -112,6 +119,42 @@ impl Attacher {
         })
     }
 
+    /// Makes sure that uplinks have the XDP program, if they are to have one, and others not. Says whether it is there.
+    fn link_xdp(&mut self, index: u32) -> io::Result<bool> {
+        let interface = self.interfaces.get(&index, 0).map_err(io_error)?;
+        let path = self.pins.xdp_link(index);
+        let Some((program, mode)) = self.xdp.as_ref().filter(|_| interface.role == role::UPLINK) else {
+            return unpin(&path).map(|()| false);
+        };
+        match syscall::open_pin(&path) {
+            Ok(link) => {
+                let info = syscall::link_info(link.as_fd())?;
+                if info.index == index {
+                    if info.program != program.id {
+                        syscall::update_link(link.as_fd(), program.fd.as_fd())?;
+                    }
+                    return Ok(true);
+                }
+                fs::remove_file(&path)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let link = syscall::create_xdp_link(program.fd.as_fd(), index, *mode)?;
+        syscall::pin(link.as_fd(), &path)?;
+        Ok(true)
+    }
+
+    /// Tells the programs whether XDP can send out of an interface.
+    fn announce_xdp(&mut self, index: u32, has_xdp: bool) -> io::Result<()> {
+        let mut interface = self.interfaces.get(&index, 0).map_err(io_error)?;
+        if (interface.flags & Interface::XDP != 0) != has_xdp {
+            interface.flags ^= Interface::XDP;
+            self.interfaces.insert(index, interface, 0).map_err(io_error)?;
+        }
+        Ok(())
+    }
+
     fn filter_both(&self, index: u32) -> io::Result<()> {
         let mut clsact = Clsact::new()?;
         // Before there is anything to be forgotten.
@@ -137,7 +180,10 @@ impl Hooks for Attacher {
         known
     }
 
-    fn announce(&mut self, index: u32, interface: Interface) -> io::Result<()> {
+    fn announce(&mut self, index: u32, mut interface: Interface) -> io::Result<()> {
+        if let Ok(before) = self.interfaces.get(&index, 0) {
+            interface.flags |= before.flags & Interface::XDP;
+        }
         self.interfaces.insert(index, interface, 0).map_err(io_error)
     }
 
@@ -145,21 +191,32 @@ impl Hooks for Attacher {
         ignore_missing(self.interfaces.remove(&index).map_err(io_error))
     }
 
-    fn attach(&mut self, index: u32) -> io::Result<&'static str> {
+    fn attach(&mut self, index: u32) -> io::Result<Attached> {
         match self.way {
             Way::Tcx(order) => {
                 self.link_both(index, order)?;
                 remove_filters(&self.pins, index)?;
-                Ok("tcx")
             }
             Way::Clsact => {
                 self.filter_both(index)?;
                 for direction in Direction::BOTH {
                     unlink(&self.pins, index, direction)?;
                 }
-                Ok("clsact")
             }
         }
+        // What XDP does not do, TC does.
+        let (has_xdp, problem) = match self.link_xdp(index) {
+            Ok(has_xdp) => (has_xdp, None),
+            Err(error) => (false, Some(format!("XDP: {error}; its packets are treated at TC"))),
+        };
+        self.announce_xdp(index, has_xdp)?;
+        let hook = match (self.way, has_xdp) {
+            (Way::Tcx(_), false) => "tcx",
+            (Way::Tcx(_), true) => "xdp, tcx",
+            (Way::Clsact, false) => "clsact",
+            (Way::Clsact, true) => "xdp, clsact",
+        };
+        Ok(Attached { hook, problem })
     }
 
     fn detach(&mut self, index: u32) -> io::Result<()> {
@@ -169,6 +226,7 @@ impl Hooks for Attacher {
 
 /// Takes everything off an interface, which may be gone. Requests first.
 fn detach(pins: &Pins, index: u32) -> io::Result<()> {
+    unpin(&pins.xdp_link(index))?;
     for direction in Direction::BOTH {
         unlink(pins, index, direction)?;
     }
@@ -176,8 +234,12 @@ fn detach(pins: &Pins, index: u32) -> io::Result<()> {
 }
 
 fn unlink(pins: &Pins, index: u32, direction: Direction) -> io::Result<()> {
-    let path = pins.link(index, direction);
-    match syscall::open_pin(&path) {
+    unpin(&pins.link(index, direction))
+}
+
+/// Ends a pinned link, if there is one.
+fn unpin(path: &Path) -> io::Result<()> {
+    match syscall::open_pin(path) {
         // A link ends with its last reference, but some time after it, and somebody else may hold one. With its interface it is gone
         // already, which is an error that says nothing.
         Ok(link) => drop(syscall::detach_link(link.as_fd())),

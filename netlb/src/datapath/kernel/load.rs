@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail, ensure};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
     maps::{Array, Map, MapData, MapInfo},
-    programs::{ProgramError, SchedClassifier},
+    programs::{ProgramError, ProgramFd, SchedClassifier, Xdp},
 };
 use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta};
 
@@ -33,6 +33,8 @@ pub(super) struct Options<'a> {
     pub(super) timeouts: &'a Timeouts,
     pub(super) forwarding: Forwarding,
     pub(super) log: LogLevel,
+    /// Whether the XDP program is wanted.
+    pub(super) xdp: bool,
 }
 
 /// The programs and their maps.
@@ -152,11 +154,18 @@ fn load_into(
         let program = program_mut(&mut ebpf, direction)?;
         program.load().map_err(|error| refused(name, error))?;
     }
+    if options.xdp {
+        let program: &mut Xdp =
+            ebpf.program_mut(XDP).with_context(|| format!("there is no BPF program {XDP}"))?.try_into()?;
+        program.load().map_err(|error| refused(XDP, error))?;
+    }
     let maps = KernelMaps::new(&mut ebpf, layout, &timeouts)?;
     let map = Array::try_from(take(&mut ebpf, "META")?).map_err(io_error)?;
     let unfinished = (!adopted).then_some(Unfinished { map, meta });
     Ok(Loaded { ebpf, maps, unfinished, memory })
 }
+
+const XDP: &str = "netlb_xdp";
 
 pub(super) const fn program_name(direction: Direction) -> &'static str {
     match direction {
@@ -177,6 +186,10 @@ pub(super) fn program(ebpf: &Ebpf, direction: Direction) -> anyhow::Result<&Sche
     Ok(program.try_into()?)
 }
 
+pub(super) fn xdp(ebpf: &Ebpf) -> anyhow::Result<&Xdp> {
+    Ok(ebpf.program(XDP).with_context(|| format!("there is no BPF program {XDP}"))?.try_into()?)
+}
+
 /// A loaded program.
 #[derive(Debug)]
 pub(super) struct Program {
@@ -188,8 +201,17 @@ impl Program {
     /// A program of its own, which outlives the object.
     pub(super) fn new(ebpf: &Ebpf, direction: Direction) -> anyhow::Result<Self> {
         let program = program(ebpf, direction)?;
-        let fd = program.fd()?.as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?;
-        Ok(Self { fd, id: program.info()?.id() })
+        Self::of(program.fd()?, program.info()?.id())
+    }
+
+    /// The same of the XDP program.
+    pub(super) fn new_xdp(ebpf: &Ebpf) -> anyhow::Result<Self> {
+        let program = xdp(ebpf)?;
+        Self::of(program.fd()?, program.info()?.id())
+    }
+
+    fn of(fd: &ProgramFd, id: u32) -> anyhow::Result<Self> {
+        Ok(Self { fd: fd.as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?, id })
     }
 }
 

@@ -4,7 +4,7 @@
 //! maps/            the maps in use; META tells that they are complete
 //! maps-next/       maps being filled, to take their place
 //! maps-previous/   maps whose place was taken, until no link's program uses them
-//! links/           TCX links: <interface index>-ingress, <interface index>-egress
+//! links/           TCX and XDP links: <interface index>-ingress, <interface index>-egress, <interface index>-xdp
 //! clsact/          empty directories called by the index of interfaces that have clsact filters of ours
 //! ```
 //!
@@ -50,6 +50,10 @@ impl Pins {
 
     pub(super) fn link(&self, index: u32, direction: Direction) -> PathBuf {
         self.links().join(format!("{index}-{}", direction.name()))
+    }
+
+    pub(super) fn xdp_link(&self, index: u32) -> PathBuf {
+        self.links().join(format!("{index}-xdp"))
     }
 
     fn filters(&self) -> PathBuf {

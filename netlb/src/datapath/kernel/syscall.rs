@@ -96,6 +96,18 @@ pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(command::OBJ_PIN, &mut Object { path: path.as_ptr() as u64, fd: raw(object), flags: 0 }).map(drop)
 }
 
+#[derive(Default)]
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    index: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    pad: u32,
+    expected_revision: u64,
+}
+
 /// Attaches a program to an interface of this network namespace, for as long as the link is open or pinned.
 pub(super) fn create_tcx_link(
     program: BorrowedFd<'_>,
@@ -103,17 +115,6 @@ pub(super) fn create_tcx_link(
     direction: Direction,
     order: Order,
 ) -> io::Result<OwnedFd> {
-    #[derive(Default)]
-    #[repr(C)]
-    struct LinkCreate {
-        program: u32,
-        index: u32,
-        attach_type: u32,
-        flags: u32,
-        relative: u32,
-        pad: u32,
-        expected_revision: u64,
-    }
     // `BPF_F_BEFORE` and `BPF_F_AFTER`: with no other program named, before or after all of them.
     let flags = match order {
         Order::First => 1 << 3,
@@ -121,6 +122,26 @@ pub(super) fn create_tcx_link(
     };
     let attach_type = direction.tcx_attach_type();
     let mut attr = LinkCreate { program: raw(program), index, attach_type, flags, ..LinkCreate::default() };
+    bpf(command::LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Where XDP programs run.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum XdpMode {
+    Native,
+    Generic,
+}
+
+/// Attaches an XDP program in the same way.
+pub(super) fn create_xdp_link(program: BorrowedFd<'_>, index: u32, mode: XdpMode) -> io::Result<OwnedFd> {
+    /// `BPF_XDP`.
+    const XDP: u32 = 37;
+    // `XDP_FLAGS_DRV_MODE` and `XDP_FLAGS_SKB_MODE`.
+    let flags = match mode {
+        XdpMode::Native => 1 << 2,
+        XdpMode::Generic => 1 << 1,
+    };
+    let mut attr = LinkCreate { program: raw(program), index, attach_type: XDP, flags, ..LinkCreate::default() };
     bpf(command::LINK_CREATE, &mut attr).map(owned)
 }
 
@@ -134,7 +155,7 @@ pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(command::LINK_DETACH, &mut [raw(link)]).map(drop)
 }
 
-/// What the kernel says of a TCX link.
+/// What the kernel says of a link to an interface.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub(super) struct LinkInfo {
@@ -142,7 +163,7 @@ pub(super) struct LinkInfo {
     pub(super) id: u32,
     pub(super) program: u32,
     pad: u32,
-    /// 0 after the interface is gone.
+    /// 0 after the interface is gone. Both kinds of links have it here.
     pub(super) index: u32,
     attach_type: u32,
     /// Room for what other kinds of links say.

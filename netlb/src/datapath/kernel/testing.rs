@@ -8,7 +8,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{HashMap, MapData},
-    programs::{ProgramError, TestRun as _, TestRunOptions},
+    programs::{ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, TestRunResult},
 };
 use netlb_common::{
     counters,
@@ -27,11 +27,27 @@ use crate::{
     datapath::{Maps as _, Programmer},
 };
 
-/// One of the two programs.
+/// One of the programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Program {
     Ingress,
     Egress,
+    Xdp,
+}
+
+impl Program {
+    /// `bpf_attr.test.ctx_in` for a frame that came in on an interface: the whole `struct __sk_buff`, or `struct xdp_md`.
+    pub fn context(self, frame: &[u8], interface: u32) -> Vec<u8> {
+        let (len, fields): (usize, &[(usize, u32)]) = match self {
+            Self::Ingress | Self::Egress => (192, &[(40, interface)]),
+            Self::Xdp => (24, &[(4, frame.len() as u32), (12, interface)]),
+        };
+        let mut context = vec![0; len];
+        for (at, value) in fields {
+            context[*at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        }
+        context
+    }
 }
 
 /// Loaded programs with maps of their own. Everything ends when this is dropped.
@@ -50,7 +66,7 @@ impl fmt::Debug for Harness {
 
 impl Harness {
     pub fn new(limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
-        let options = Options { limits, timeouts, forwarding, log: LogLevel::Off };
+        let options = Options { limits, timeouts, forwarding, log: LogLevel::Off, xdp: true };
         let mut loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps)?,
@@ -63,65 +79,65 @@ impl Harness {
     /// Runs a frame through a program as if it were on that interface of the calling thread's network namespace, and returns the verdict
     /// and the frame as the program left it. Frames have at least an Ethernet header.
     pub fn test_run(&self, program: Program, frame: &[u8], interface: u32) -> io::Result<(i32, Vec<u8>)> {
-        /// Bytes of `struct __sk_buff`, and where the interface is in it.
-        const CONTEXT: usize = 192;
-        const INTERFACE: usize = 40;
         /// A program may make a frame longer.
         const SPARE: usize = 512;
-        let direction = match program {
-            Program::Ingress => Direction::Ingress,
-            Program::Egress => Direction::Egress,
-        };
-        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
-        let mut context = [0; CONTEXT];
-        context[INTERFACE..INTERFACE + 4].copy_from_slice(&interface.to_ne_bytes());
         let mut out = vec![0; frame.len() + SPARE];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            ..TestRunOptions::new()
-        });
-        let result = result.map_err(|error| match error {
-            ProgramError::SyscallError(error) => error.io_error,
-            error => io::Error::other(error),
-        })?;
+        let context = program.context(frame, interface);
+        let result = self.run(
+            program,
+            TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ..TestRunOptions::new()
+            },
+        )?;
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value as i32, out))
     }
 
-    /// The program itself, for what [`test_run`](Self::test_run) cannot ask of the kernel.
-    pub fn descriptor(&self, program: Program) -> io::Result<BorrowedFd<'_>> {
-        let direction = match program {
-            Program::Ingress => Direction::Ingress,
-            Program::Egress => Direction::Egress,
+    fn run(&self, program: Program, options: TestRunOptions<'_>) -> io::Result<TestRunResult> {
+        let result = match program {
+            Program::Ingress => self.classifier(Direction::Ingress)?.test_run(options),
+            Program::Egress => self.classifier(Direction::Egress)?.test_run(options),
+            Program::Xdp => load::xdp(&self.ebpf).map_err(io::Error::other)?.test_run(options),
         };
-        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
-        Ok(program.fd().map_err(io::Error::other)?.as_fd())
+        result.map_err(|error| match error {
+            ProgramError::SyscallError(error) => error.io_error,
+            error => io::Error::other(error),
+        })
     }
 
-    /// Instructions that the verifier looked at, of the million it is willing to.
-    pub fn verified_instructions(&self, program: Program) -> io::Result<u32> {
-        let direction = match program {
-            Program::Ingress => Direction::Ingress,
-            Program::Egress => Direction::Egress,
+    fn classifier(&self, direction: Direction) -> io::Result<&SchedClassifier> {
+        load::program(&self.ebpf, direction).map_err(io::Error::other)
+    }
+
+    /// The program itself, for what [`test_run`](Self::test_run) cannot ask of the kernel.
+    pub fn descriptor(&self, program: Program) -> io::Result<BorrowedFd<'_>> {
+        let fd = match program {
+            Program::Ingress => self.classifier(Direction::Ingress)?.fd(),
+            Program::Egress => self.classifier(Direction::Egress)?.fd(),
+            Program::Xdp => load::xdp(&self.ebpf).map_err(io::Error::other)?.fd(),
         };
-        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
-        Ok(program.info().map_err(io::Error::other)?.verified_instruction_count().unwrap_or_default())
+        Ok(fd.map_err(io::Error::other)?.as_fd())
+    }
+
+    /// What the kernel says of a program, such as the instructions that the verifier looked at.
+    pub fn info(&self, program: Program) -> io::Result<ProgramInfo> {
+        let info = match program {
+            Program::Ingress => self.classifier(Direction::Ingress)?.info(),
+            Program::Egress => self.classifier(Direction::Egress)?.info(),
+            Program::Xdp => load::xdp(&self.ebpf).map_err(io::Error::other)?.info(),
+        };
+        info.map_err(io::Error::other)
     }
 
     /// As [`test_run`](Self::test_run), this many times, and returns the mean time of one in nanoseconds. From the second time on the
     /// program sees what it has made of the frame: only a frame that it leaves alone, or rewrites to itself, measures anything.
     pub fn measure(&self, program: Program, frame: &[u8], interface: u32, repeat: u32) -> io::Result<u64> {
-        let direction = match program {
-            Program::Ingress => Direction::Ingress,
-            Program::Egress => Direction::Egress,
-        };
-        let program = load::program(&self.ebpf, direction).map_err(io::Error::other)?;
-        let mut context = [0; 192];
-        context[40..44].copy_from_slice(&interface.to_ne_bytes());
+        let context = program.context(frame, interface);
         let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), repeat, ..TestRunOptions::new() };
-        Ok(program.test_run(options).map_err(io::Error::other)?.duration.as_nanos() as u64)
+        Ok(self.run(program, options)?.duration.as_nanos() as u64)
     }
 
     pub fn programmer(&self) -> &Programmer<KernelMaps> {

@@ -57,14 +57,14 @@ impl Hooks for Kernel {
         Ok(())
     }
 
-    fn attach(&mut self, index: u32) -> io::Result<&'static str> {
+    fn attach(&mut self, index: u32) -> io::Result<Attached> {
         let mut state = self.0.lock().unwrap();
         state.log.push(format!("attach {index}"));
         if state.busy.contains(&index) {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         state.attached.insert(index);
-        Ok("tcx")
+        Ok(Attached { hook: "tcx", problem: None })
     }
 
     fn detach(&mut self, index: u32) -> io::Result<()> {

@@ -1,0 +1,167 @@
+//! A frame as TC programs see it: a socket buffer.
+//!
+//! It is changed by the kernel's helpers, which know whether a checksum is complete, partial or still to be made.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    helpers::{bpf_skb_change_tail, bpf_skb_store_bytes},
+    programs::TcContext,
+};
+use netlb_common::{
+    flow::{NETWORK, Parsed},
+    wire::{Fields as _, Ignore, PacketBytes, ethernet},
+};
+
+use super::{Frame, HardwareAddresses, Linear, Refused};
+
+/// The longest chain of headers that is made linear where it is not.
+const HEADERS: u32 = 256;
+/// `PACKET_HOST` (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
+
+pub(crate) struct Skb(TcContext);
+
+impl Skb {
+    #[inline(always)]
+    pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
+        Self(TcContext::new(skb))
+    }
+
+    #[inline(always)]
+    pub(crate) const fn context(&self) -> &TcContext {
+        &self.0
+    }
+
+    #[inline(always)]
+    pub(crate) fn hardware_addresses(&self) -> Result<HardwareAddresses, Refused> {
+        let header = self.window(0, ethernet::LEN).map_err(|_| Refused)?;
+        let bytes = |at| [0, 1, 2, 3, 4, 5].map(|n| header.byte(at + n));
+        Ok(HardwareAddresses { destination: bytes(ethernet::DESTINATION), source: bytes(ethernet::SOURCE) })
+    }
+
+    #[inline(always)]
+    pub(crate) fn skb(&self) -> *mut __sk_buff {
+        self.0.skb.skb
+    }
+
+    /// Whether a VLAN tag was taken off: then the frame belongs to an interface above this one.
+    #[inline(always)]
+    pub(crate) fn is_tagged(&self) -> bool {
+        // SAFETY: the kernel's context outlives the program.
+        unsafe { (*self.skb()).vlan_present != 0 }
+    }
+
+    /// Payload bytes of each segment this will be cut into, or 0 if it is one packet.
+    #[inline(always)]
+    pub(crate) fn segment_size(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).gso_size }
+    }
+
+    /// Makes the headers readable: a driver may leave them in fragments of the buffer.
+    #[inline(always)]
+    pub(crate) fn pull_headers(&self) {
+        let linear = self.0.data_end().wrapping_sub(self.0.data()) as u32;
+        if linear < HEADERS && linear < self.len() {
+            self.pull(if self.len() < HEADERS { self.len() } else { HEADERS });
+        }
+    }
+
+    /// Makes this many bytes readable. Where that fails, the bytes are missing for whoever reads them.
+    #[inline(always)]
+    pub(crate) fn pull(&self, len: u32) {
+        let _ = self.0.pull_data(len);
+    }
+
+    /// Makes the frame one that is meant for whoever gets it: a bridge's port sees frames for the bridge as another host's.
+    #[inline(always)]
+    pub(crate) fn address_to_host(&self) -> Result<(), Refused> {
+        // SAFETY: as above.
+        if unsafe { (*self.skb()).pkt_type } == PACKET_HOST {
+            return Ok(());
+        }
+        self.0.change_type(PACKET_HOST).map_err(|_| Refused)
+    }
+
+    #[inline(always)]
+    pub(crate) fn store<T>(&self, offset: usize, value: &T, flags: u64) -> Result<(), Refused> {
+        // SAFETY: the value is readable for its size.
+        let result = unsafe {
+            bpf_skb_store_bytes(
+                self.skb().cast(),
+                offset as u32,
+                core::ptr::from_ref(value).cast(),
+                size_of::<T>() as u32,
+                flags,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn replace_checksum(&self, offset: usize, from: u64, to: u64, flags: u64) -> Result<(), Refused> {
+        self.0.l4_csum_replace(offset, from, to, flags).map_err(|_| Refused)
+    }
+
+    /// Cuts the frame to a length.
+    #[inline(always)]
+    pub(crate) fn truncate(&self, len: u32) -> Result<(), Refused> {
+        // SAFETY: the helper checks the length.
+        if unsafe { bpf_skb_change_tail(self.skb(), len, 0) } == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    /// Makes room after the Ethernet header.
+    #[inline(always)]
+    pub(crate) fn make_room(&self, len: i32) -> Result<(), Refused> {
+        self.0.adjust_room(len, BPF_ADJ_ROOM_MAC, 0).map_err(|_| Refused)
+    }
+}
+
+impl Frame for Skb {
+    const PASS: i32 = crate::NEXT;
+    const DROP: i32 = crate::DROP;
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb()).ifindex }
+    }
+
+    #[inline(always)]
+    fn packets(&self) -> u64 {
+        // SAFETY: as above.
+        let segments = unsafe { (*self.skb()).gso_segs };
+        if segments == 0 { 1 } else { segments as u64 }
+    }
+
+    #[inline(always)]
+    fn datagram_len<A>(&self, packet: &Parsed<A>) -> u16 {
+        let segment = self.segment_size();
+        let len = if segment == 0 {
+            self.len() as usize - NETWORK
+        } else {
+            packet.transport + packet.transport_len - NETWORK + segment as usize
+        };
+        if len > u16::MAX as usize { u16::MAX } else { len as u16 }
+    }
+
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut core::ffi::c_void {
+        self.0.as_ptr()
+    }
+}
+
+impl PacketBytes for Skb {
+    type Window = Linear;
+
+    #[inline(always)]
+    fn window(&self, offset: usize, len: usize) -> Result<Linear, Ignore> {
+        Linear::between(self.0.data() + offset, len, self.0.data_end())
+    }
+}

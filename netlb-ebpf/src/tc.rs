@@ -1,0 +1,138 @@
+//! Packets at TC: translated and redirected, or translated and left to the kernel's routing.
+
+use netlb_common::{
+    addr::{Ipv4Be, Ipv6Be},
+    balance::{Scope, Verdict},
+    counters::Counter,
+    hop::Way,
+    maps::{forwarding, log_level},
+    wire::ethernet,
+};
+
+use crate::{
+    DROP, NEXT,
+    forward::{self, Outcome, Route},
+    frame::{Frame as _, Skb},
+    maps::{self, Work},
+    pipeline::{self, Packet},
+    rewrite::rewrite,
+    subprograms::{self, Hook as _},
+    too_big,
+};
+
+/// Datagrams up to this length fit every way (RFC 791: every host takes them), so that only longer ones are asked about.
+const ALWAYS_FITS: u16 = 576;
+
+#[inline(always)]
+pub(crate) fn ingress(frame: &Skb) -> i32 {
+    if frame.is_tagged() {
+        return NEXT;
+    }
+    frame.pull_headers();
+    match ethernet::ether_type(frame) {
+        Ok(ethernet::IPV4) => receive::<Ipv4Be>(frame),
+        Ok(ethernet::IPV6) => receive::<Ipv6Be>(frame),
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn egress(frame: &Skb) -> i32 {
+    if frame.is_tagged() {
+        return NEXT;
+    }
+    frame.pull_headers();
+    match ethernet::ether_type(frame) {
+        Ok(ethernet::IPV4) => transmit::<Ipv4Be>(frame),
+        Ok(ethernet::IPV6) => transmit::<Ipv6Be>(frame),
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+fn receive<A: Packet>(frame: &Skb) -> i32
+where
+    Skb: subprograms::Hook<A>,
+{
+    let scope = if maps::forwarding() == forwarding::FAST { Scope::Both } else { Scope::Forward };
+    match pipeline::decide::<A, _>(frame, scope, |_| true) {
+        (Verdict::Translate, Some(work)) => {
+            account(frame, work);
+            frame.dispatch(work)
+        }
+        (Verdict::Drop, _) => DROP,
+        _ => NEXT,
+    }
+}
+
+/// What the node sends has been routed already: its source changes, and nothing else.
+#[inline(always)]
+fn transmit<A: Packet>(frame: &Skb) -> i32
+where
+    Skb: subprograms::Hook<A>,
+{
+    match pipeline::decide::<A, _>(frame, Scope::Replies, |_| true) {
+        (Verdict::Translate, Some(work)) => {
+            account(frame, work);
+            A::restore(frame, work)
+        }
+        (Verdict::Drop, _) => DROP,
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+fn account<A: Packet>(frame: &Skb, work: &Work<A>) {
+    pipeline::account(frame, &work.translation);
+    if maps::log_level() >= log_level::DEBUG && work.translation.is_new {
+        subprograms::log_flow(frame, work.translation.service);
+    }
+}
+
+/// Rewrites a packet that the kernel sends.
+#[inline(always)]
+pub(crate) fn restore<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
+    match rewrite(frame, &work.packet, &work.translation, work.packet.ttl) {
+        Ok(()) => NEXT,
+        Err(_) => forward::refused(),
+    }
+}
+
+/// Rewrites a packet and sends it on.
+#[inline(always)]
+pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
+    let Work { packet, translation, lookup } = work;
+    let is_fast = maps::forwarding() == forwarding::FAST;
+    let len = frame.datagram_len(packet);
+    let mut way = if is_fast { maps::way(translation.hop) } else { Way::NONE };
+    let mut outcome = Outcome::Resolved;
+    if way.interface == 0 || len > way.mtu {
+        let mut route = Route::STACK;
+        if is_fast || len > ALWAYS_FITS {
+            let (source, destination) = pipeline::ends(packet, translation);
+            route = forward::route(frame, packet, source, destination, frame.interface());
+        }
+        (way, outcome) = (route.way(), route.outcome);
+        if is_fast {
+            forward::keep(&route, lookup);
+        }
+    }
+    match outcome {
+        Outcome::Resolved | Outcome::Unresolved if is_fast => {
+            let ttl = if way.has(Way::BRIDGED) { packet.ttl } else { packet.ttl - 1 };
+            match rewrite(frame, packet, translation, ttl) {
+                Ok(()) => forward::send(frame, &way, outcome),
+                Err(_) => forward::refused(),
+            }
+        }
+        Outcome::TooBig if packet.dont_fragment => too_big::answer(frame, packet, way.mtu as u32),
+        Outcome::Nowhere => {
+            maps::count(Counter::NoRoute);
+            DROP
+        }
+        _ => match rewrite(frame, packet, translation, packet.ttl) {
+            Ok(()) => forward::to_stack(),
+            Err(_) => forward::refused(),
+        },
+    }
+}
