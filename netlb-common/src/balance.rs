@@ -184,7 +184,7 @@ pub fn known<A: Family, T: Tables>(
     translation: &mut Translation<A>,
 ) -> Known {
     let Lookup { fingerprint, now, scope, .. } = *lookup;
-    let Some(found) = table::find(&tables, fingerprint, now) else { return Known::No };
+    let Some(found) = tables.find(fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
     if !scope.has(direction) {
         return Known::Elsewhere;
@@ -270,7 +270,7 @@ fn leave<T: Tables>(tables: T, fingerprint: Fingerprint, found: Found<'_>, now: 
 #[inline(always)]
 pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup, translation: &Translation<A>) {
     let Lookup { fingerprint, now, .. } = *lookup;
-    let Some(found) = table::find(&tables, fingerprint, now) else { return };
+    let Some(found) = tables.find(fingerprint, now) else { return };
     let data = found.data;
     let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
     if tables.follow(twin, data.state(), now) || data.state().is_finished() {

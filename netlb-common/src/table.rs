@@ -272,6 +272,12 @@ pub trait Storage {
     fn record(&self, place: Place) -> Option<&Record>;
     /// How long a flow in this state is kept, in the state's units.
     fn timeout(&self, state: State) -> u32;
+
+    /// Looks a direction of a flow up.
+    #[inline(always)]
+    fn find(&self, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
+        find(self, fingerprint, now)
+    }
 }
 
 /// What is done with the table beside look-ups on the way of most packets.
@@ -300,7 +306,7 @@ pub trait Operations: Storage + Copy {
     /// The data of a direction of a flow, or [`Data::NONE`].
     #[inline(always)]
     fn probe(self, fingerprint: Fingerprint, now: Ticks) -> Data {
-        find(&self, fingerprint, now).map_or(Data::NONE, |found| found.data)
+        self.find(fingerprint, now).map_or(Data::NONE, |found| found.data)
     }
 
     /// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.
@@ -394,6 +400,15 @@ pub struct New {
     pub now: Ticks,
 }
 
+impl New {
+    /// What its slot says.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot_data(&self) -> Data {
+        self.data.with_tag(self.fingerprint).at(self.now)
+    }
+}
+
 /// What came of an insert, as one word: what a subprogram returns.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
@@ -409,7 +424,8 @@ impl Inserted {
 
     /// It was there already. Data of a live slot has a state, hence is greater than the others.
     #[inline(always)]
-    const fn existing(data: Data) -> Self {
+    #[must_use]
+    pub const fn existing(data: Data) -> Self {
         Self(data.0)
     }
 
@@ -436,7 +452,7 @@ impl Inserted {
 /// Gives a direction of a flow a slot.
 pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
     let New { fingerprint, now, .. } = *new;
-    let data = new.data.with_tag(fingerprint).at(now);
+    let data = new.slot_data();
     for _ in 0..ATTEMPTS {
         let (place, old) = match choose(table, fingerprint, new.flow.twin, now) {
             Choice::Existing(data) => return Inserted::existing(data),
@@ -626,6 +642,10 @@ impl<S: Storage + ?Sized> Storage for &S {
     fn timeout(&self, state: State) -> u32 {
         S::timeout(self, state)
     }
+
+    fn find(&self, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
+        S::find(self, fingerprint, now)
+    }
 }
 
 /// Frees a slot, unless it changed since it was read. Says whether it did.
@@ -637,13 +657,13 @@ pub fn release(slot: &Slot, data: Data) -> bool {
 /// Frees a direction of a flow, wherever it stands. Says whether it was there.
 #[inline(always)]
 pub fn remove<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> bool {
-    find(storage, fingerprint, now).is_some_and(|found| release(found.slot, found.data))
+    storage.find(fingerprint, now).is_some_and(|found| release(found.slot, found.data))
 }
 
 /// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.
 #[inline(always)]
 pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, now: Ticks) -> bool {
-    let Some(found) = find(storage, fingerprint, now) else { return false };
+    let Some(found) = storage.find(fingerprint, now) else { return false };
     change(found.slot, found.data, |data| data.with_state(data.state().merge(state)).at(now));
     true
 }
@@ -651,7 +671,7 @@ pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, n
 /// Notes the way by which a direction of a flow leaves.
 #[inline(always)]
 pub fn leave_by<S: Storage>(storage: &S, fingerprint: Fingerprint, hop: u16, now: Ticks) {
-    if let Some(found) = find(storage, fingerprint, now) {
+    if let Some(found) = storage.find(fingerprint, now) {
         change(found.slot, found.data, |data| data.with_hop(hop));
     }
 }

@@ -10,7 +10,7 @@ use netlb_common::{
     balance::{self, Selection, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
-    table::{self, Data, Inserted, New, Operations, Place, Scan},
+    table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
 
@@ -35,7 +35,7 @@ subprogram! {
 
     fn flow_insert(new: *const New) -> u64 {
         // SAFETY: null or readable; the verifier sees to it.
-        unsafe { new.as_ref() }.map_or(Inserted::FULL, |new| table::insert(Kernel, new)).0
+        unsafe { new.as_ref() }.map_or(Inserted::FULL, maps::insert).0
     }
 
     fn flow_settle(fingerprint: u64, mine: u32, my_data: u64, now: u32) -> u64 {
@@ -43,7 +43,7 @@ subprogram! {
     }
 
     fn flow_probe(fingerprint: u64, now: u32) -> u64 {
-        table::find(&Kernel, Fingerprint(fingerprint), Ticks(now)).map_or(Data::NONE, |found| found.data).0
+        Kernel.find(Fingerprint(fingerprint), Ticks(now)).map_or(Data::NONE, |found| found.data).0
     }
 
     fn flow_follow(fingerprint: u64, state: u32, now: u32) -> u32 {

@@ -94,7 +94,7 @@ impl<M: Maps> Programmer<M> {
                     let removed = release(storage, slot, fingerprint, now);
                     count += u64::from(removed);
                     // Left alone, it would bring back the slot that was removed.
-                    if let Some(found) = twin.and_then(|twin| table::find(storage, twin, now)) {
+                    if let Some(found) = twin.and_then(|twin| storage.find(twin, now)) {
                         release(storage, found.slot, Fingerprint(found.slot.fingerprint.load()), now);
                     }
                 }
