@@ -83,6 +83,8 @@ pub trait Address: Copy + Eq + Debug {
     fn sum(self) -> u64;
     /// The sum of the complements of its 32-bit words.
     fn complement_sum(self) -> u64;
+    /// Whether hosts beyond the link can answer to it: it is no loopback or link-local address, nor none at all.
+    fn is_routable(self) -> bool;
 }
 
 impl Address for Ipv4Be {
@@ -112,6 +114,12 @@ impl Address for Ipv4Be {
     #[inline(always)]
     fn complement_sum(self) -> u64 {
         !self.0 as u64
+    }
+
+    #[inline(always)]
+    fn is_routable(self) -> bool {
+        let [a, b, ..] = self.0.to_ne_bytes();
+        a != 0 && a != 127 && !(a == 169 && b == 254)
     }
 }
 
@@ -152,6 +160,13 @@ impl Address for Ipv6Be {
     fn complement_sum(self) -> u64 {
         halves(!self.0[0]) + halves(!self.0[1])
     }
+
+    #[inline(always)]
+    fn is_routable(self) -> bool {
+        // ::/64 has the unspecified and the loopback address, and mapped ones.
+        let [a, b, ..] = self.0[0].to_ne_bytes();
+        self.0[0] != 0 && !(a == 0xfe && b & 0xc0 == 0x80)
+    }
 }
 
 #[cfg(test)]
@@ -165,6 +180,20 @@ mod tests {
         assert!(addr.is_v4());
         assert_eq!(Ipv4Be::from_map(addr).to_map(), addr);
         assert_eq!(Ipv4Be::from_map(addr).0.to_ne_bytes(), [10, 96, 0, 10]);
+    }
+
+    #[test]
+    fn what_nobody_beyond_the_link_answers_to_is_not_routable() {
+        let v4 = |octets| Ipv4Be::from_map(Addr::from_v4(octets)).is_routable();
+        assert!(v4([10, 0, 0, 1]) && v4([192, 0, 2, 1]) && v4([169, 253, 0, 1]));
+        assert!(!v4([0, 0, 0, 0]) && !v4([127, 0, 0, 1]) && !v4([169, 254, 1, 1]));
+        let v6 = |first: [u8; 2], last| {
+            let mut bytes = [0; 16];
+            (bytes[0], bytes[1], bytes[15]) = (first[0], first[1], last);
+            Ipv6Be::from_map(Addr::from_bytes(bytes)).is_routable()
+        };
+        assert!(v6([0xfd, 0], 1) && v6([0x20, 0x01], 1));
+        assert!(!v6([0, 0], 0) && !v6([0, 0], 1) && !v6([0xfe, 0x80], 1) && !v6([0xfe, 0xbf], 1));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::{
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
     maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, algorithm},
     select,
+    snat::{self, Ports, Snat},
     table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
     time::Ticks,
 };
@@ -37,6 +38,11 @@ pub trait Tables: Operations {
     fn member(&self, index: u32) -> Option<u32>;
     fn backend(&self, id: u32) -> Option<&Backend>;
     fn frontend(&self, id: u32) -> Option<&Frontend>;
+    /// An address of the node that flows were given as their source.
+    fn source(&self, index: u32) -> Option<Addr>;
+    /// The index of an address that flows were given, or 0.
+    fn source_index(&self, addr: Addr) -> u32;
+    fn snat_ports(&self) -> Ports;
     fn owners(&self, key: &EndpointKey) -> Option<&Owners>;
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
@@ -93,12 +99,17 @@ pub enum Verdict {
     Drop,
 }
 
-/// A rewrite: of the destination on the way to the backend, of the source on the way back.
+/// A rewrite: of the destination on the way to the backend, of the source on the way back; and of the other end, where the flow has another
+/// source at its backend.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Translation<A> {
     pub direction: Direction,
     pub address: A,
     pub port: PortBe,
+    /// Whether the other end changes as well.
+    pub has_snat: bool,
+    pub other_port: PortBe,
+    pub other: A,
     /// Whose counters the packet belongs in.
     pub service: u32,
     /// The index in `HOPS` of the way it leaves by; 0 where that is yet to be found out, or found out again.
@@ -116,6 +127,9 @@ impl<A: Family> Translation<A> {
             direction: Direction::Forward,
             address: A::from_map(Addr::default()),
             port: PortBe(0),
+            has_snat: false,
+            other_port: PortBe(0),
+            other: A::from_map(Addr::default()),
             service: 0,
             hop: 0,
             is_new: false,
@@ -125,34 +139,67 @@ impl<A: Family> Translation<A> {
     #[inline(always)]
     fn to_backend(backend: &Backend, is_new: bool) -> Self {
         let (address, port) = (A::from_map(backend.addr), backend.port);
-        Self { direction: Direction::Forward, address, port, service: backend.service, hop: 0, is_new }
+        Self { address, port, service: backend.service, is_new, ..Self::none() }
     }
 
     #[inline(always)]
     fn to_frontend(frontend: &Frontend) -> Self {
         let (address, port) = (A::from_map(frontend.addr), frontend.port);
-        Self { direction: Direction::Reply, address, port, service: frontend.service, hop: 0, is_new: false }
+        Self { direction: Direction::Reply, address, port, service: frontend.service, ..Self::none() }
+    }
+
+    /// Has the other end change as well.
+    #[inline(always)]
+    fn set_other(&mut self, other: A, port: PortBe) {
+        (self.has_snat, self.other, self.other_port) = (true, other, port);
+    }
+
+    /// The same, as the flow's record has it. Says whether it is there.
+    #[inline(always)]
+    fn read_other<T: Tables>(&mut self, tables: T, fingerprint: Fingerprint, found: Found<'_>) -> bool {
+        let Some(flow) = tables.record(found.place).and_then(|record| record.read(fingerprint)) else { return false };
+        match self.direction {
+            Direction::Forward => {
+                let Some(source) = tables.source(flow.snat.source()) else { return false };
+                self.set_other(A::from_map(source), flow.snat.port());
+            }
+            Direction::Reply => self.set_other(A::from_map(flow.client), flow.client_port),
+        }
+        true
+    }
+
+    /// The packet's tuple after the translation.
+    #[inline(always)]
+    #[must_use]
+    pub const fn apply(&self, tuple: &Tuple<A>) -> Tuple<A> {
+        let mut new = *tuple;
+        match self.direction {
+            Direction::Forward => {
+                (new.destination, new.destination_port) = (self.address, self.port);
+                if self.has_snat {
+                    (new.source, new.source_port) = (self.other, self.other_port);
+                }
+            }
+            Direction::Reply => {
+                (new.source, new.source_port) = (self.address, self.port);
+                if self.has_snat {
+                    (new.destination, new.destination_port) = (self.other, self.other_port);
+                }
+            }
+        }
+        new
     }
 
     /// The other direction's tuple, as its packets have it when they come in.
     #[inline(always)]
     const fn twin(&self, tuple: &Tuple<A>) -> Tuple<A> {
-        let protocol = tuple.protocol;
-        match self.direction {
-            Direction::Forward => Tuple {
-                source: self.address,
-                source_port: self.port,
-                destination: tuple.source,
-                destination_port: tuple.source_port,
-                protocol,
-            },
-            Direction::Reply => Tuple {
-                source: tuple.destination,
-                source_port: tuple.destination_port,
-                destination: self.address,
-                destination_port: self.port,
-                protocol,
-            },
+        let new = self.apply(tuple);
+        Tuple {
+            source: new.destination,
+            source_port: new.destination_port,
+            destination: new.source,
+            destination_port: new.source_port,
+            protocol: new.protocol,
         }
     }
 }
@@ -186,7 +233,8 @@ pub fn known<A: Family, T: Tables>(
     let Lookup { fingerprint, now, scope, .. } = *lookup;
     let Some(found) = tables.find(fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
-    if !scope.has(direction) {
+    // The kernel would take a reply to an address of this node for its own: it is translated where it comes in.
+    if !scope.has(direction) && !(found.data.has_snat() && scope == Scope::Forward) {
         return Known::Elsewhere;
     }
     // Ways are found out again in every unit of time: they change.
@@ -216,6 +264,9 @@ pub fn known<A: Family, T: Tables>(
         }
     }
     translation.hop = hop;
+    if found.data.has_snat() && !translation.read_other(tables, fingerprint, found) {
+        return Known::No;
+    }
     // Written at most once per time unit and state.
     if table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
         Known::Tend
@@ -282,7 +333,8 @@ pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup
         Direction::Reply => (Direction::Forward, flow.backend),
     };
     let flow = Flow { twin: fingerprint, ..flow };
-    if tables.insert(New { fingerprint: twin, data: Data::new(direction, data.state(), id), flow, now }).is_new() {
+    let data = Data::new(direction, data.state(), id).with_snat(data.has_snat());
+    if tables.insert(New { fingerprint: twin, data, flow, now }).is_new() {
         tables.count(Counter::FlowsRepaired);
     }
 }
@@ -313,6 +365,12 @@ impl Selection {
     #[inline(always)]
     const fn member(self) -> u32 {
         (self.0 & (Self::KNOWN - 1)) as u32
+    }
+
+    /// The member after this one, of which nothing is known.
+    #[inline(always)]
+    const fn next(self) -> Self {
+        Self((self.0 & !Self::KNOWN) + 1)
     }
 
     #[inline(always)]
@@ -373,15 +431,14 @@ fn member_id(tables: impl Tables, config: &Config, member: u32) -> Option<u32> {
 
 /// Makes the flow of a packet to a service: offers it to a backend, and to the next ones if that cannot be.
 ///
-/// `admits` is asked whether a backend can be reached from where the packet came in. `translation` is filled in for
-/// [`Verdict::Translate`].
+/// `translation` is filled in for [`Verdict::Translate`].
 #[inline(always)]
 pub fn place<A: Family, T: Tables>(
     tables: T,
     packet: &Parsed<A>,
     lookup: &Lookup,
     selection: Selection,
-    admits: impl Fn(A) -> bool,
+    reach: &impl Reach<A>,
     translation: &mut Translation<A>,
 ) -> Verdict {
     let config = if selection == Selection::NOBODY { None } else { tables.config(selection.config()) };
@@ -389,24 +446,83 @@ pub fn place<A: Family, T: Tables>(
         tables.count(Counter::NoBackend);
         return Verdict::Drop;
     };
-    let mut refusal = Counter::Hairpin;
-    for n in 0..OFFERS {
-        let Some(id) = member_id(tables, config, selection.member() + n) else { break };
+    let mut selection = selection;
+    for _ in 0..OFFERS {
+        let Some(id) = member_id(tables, config, selection.member()) else { break };
         let Some(backend) = tables.backend(id) else { break };
         // Those that drain are members still.
-        if backend.flags & Backend::ACCEPTING == 0 && !(n == 0 && selection.is_known()) {
+        let may_have_it = backend.flags & Backend::ACCEPTING != 0 || selection.is_known();
+        selection = selection.next();
+        if !may_have_it {
             continue;
         }
-        match offer(tables, packet, config, id, backend, lookup, &admits, translation) {
+        match offer(tables, packet, config, id, backend, lookup, reach, translation) {
             Offer::Taken => return Verdict::Translate,
-            Offer::NotHere => return Verdict::Pass,
+            Offer::NotHere => {
+                tables.count(Counter::NeedsSnat);
+                return Verdict::Pass;
+            }
             Offer::Full => return Verdict::Drop,
-            Offer::Hairpin => {}
-            Offer::Conflict => refusal = Counter::FlowConflict,
+            Offer::Conflict => {}
         }
     }
-    tables.count(refusal);
+    tables.count(Counter::FlowConflict);
     Verdict::Drop
+}
+
+/// What a hook knows of the ways to backends and back.
+pub trait Reach<A> {
+    /// The source that a packet's flow is to have at a backend, by [`needs_snat`] and [`reserve`].
+    fn source(&self, packet: &Parsed<A>, lookup: &Lookup, backend: u32, flags: u32) -> Snat;
+}
+
+/// Whether a flow must have an address of the node as its source for its replies to come back here. `flags` are the service's.
+#[inline(always)]
+pub fn needs_snat<A: Family>(
+    packet: &Parsed<A>,
+    backend: &Backend,
+    flags: u32,
+    returns_here: impl Fn(A) -> bool,
+) -> bool {
+    let address = A::from_map(backend.addr);
+    address == packet.tuple.source
+        || flags & Config::SNAT_ALWAYS != 0
+        || (flags & Config::SNAT_NEVER == 0 && !returns_here(address))
+}
+
+/// The first of a flow's [attempts](attempt) at a source that is one.
+#[inline(always)]
+pub fn reserve(attempt: impl Fn(u32) -> Snat) -> Snat {
+    for n in 0..snat::TRIES {
+        let snat = attempt(n);
+        if snat != Snat::NONE {
+            return snat;
+        }
+    }
+    Snat::NO_PORT
+}
+
+/// One attempt at a source: a port of an address of the node that nobody has at the backend, or that the flow has already. The reply's slot
+/// is the claim on it, and whoever makes it looks again.
+#[inline(always)]
+pub fn attempt<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    backend: &Backend,
+    (index, n): (u32, u32),
+    is_taken: impl Fn(&Tuple<A>) -> bool,
+) -> Snat {
+    let tuple = &packet.tuple;
+    let hash = snat::hash(tuple.source, tuple.source_port);
+    let Some(port) = tables.snat_ports().candidate(tuple.source_port, hash, n) else { return Snat::NONE };
+    let Some(source) = tables.source(index) else { return Snat::NONE };
+    let mut translation = Translation::<A>::to_backend(backend, true);
+    translation.set_other(A::from_map(source), port);
+    let reply = translation.twin(tuple);
+    let claimant = tables.claimant(tables.hash_key().fingerprint(&reply), lookup.now);
+    let is_mine = claimant == snat::claim(tuple.source.to_map(), tuple.source_port);
+    if is_mine || (claimant == 0 && !is_taken(&reply)) { Snat::new(index, port) } else { Snat::NONE }
 }
 
 /// What came of offering a flow to a backend.
@@ -416,8 +532,6 @@ enum Offer {
     NotHere,
     /// There is no room for the flow.
     Full,
-    /// The client is the backend: without translating its address, the answer would never come back.
-    Hairpin,
     /// The backend's replies to this client port belong to another frontend's flow.
     Conflict,
 }
@@ -431,36 +545,44 @@ fn offer<A: Family, T: Tables>(
     id: u32,
     backend: &Backend,
     lookup: &Lookup,
-    admits: impl Fn(A) -> bool,
+    reach: &impl Reach<A>,
     translation: &mut Translation<A>,
 ) -> Offer {
-    let now = lookup.now;
     *translation = Translation::to_backend(backend, true);
-    if translation.address == packet.tuple.source {
-        return Offer::Hairpin;
-    }
-    if !admits(translation.address) {
-        tables.count(Counter::NeedsSnat);
+    let snat = reach.source(packet, lookup, id, config.flags);
+    if snat == Snat::NO_ADDRESS {
         return Offer::NotHere;
     }
+    if snat == Snat::NO_PORT {
+        tables.count(Counter::SnatExhausted);
+        return Offer::Full;
+    }
+    if snat != Snat::NONE {
+        let Some(source) = tables.source(snat.source()) else { return Offer::NotHere };
+        translation.set_other(A::from_map(source), snat.port());
+    }
 
+    let now = lookup.now;
     let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
-    let mut flow = Flow {
-        twin: lookup.fingerprint,
+    // Built anew for each use: the stack of a BPF program has no room to keep it.
+    let flow = |twin| Flow {
+        twin,
         client: packet.tuple.source.to_map(),
         client_port: packet.tuple.source_port,
         protocol: packet.tuple.protocol,
+        snat,
         frontend: config.frontend,
         backend: id,
     };
     let mut state = State::first(packet.segment);
-    let reply = Data::new(Direction::Reply, state, config.frontend);
+    let reply = Data::new(Direction::Reply, state, config.frontend).with_snat(translation.has_snat);
     // The reply's slot first: it is also the claim on the client's port at this backend.
-    let mut inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+    let new = || New { fingerprint: twin, data: reply, flow: flow(lookup.fingerprint), now };
+    let mut inserted = tables.insert(new());
     if inserted.is_existing() && inserted.data().state().is_finished() && packet.segment.is_syn() {
         // Whatever this was, it is over, and the client begins anew.
         tables.remove(twin, now);
-        inserted = tables.insert(New { fingerprint: twin, data: reply, flow, now });
+        inserted = tables.insert(new());
     }
     let is_mine = inserted.is_new();
     if inserted == Inserted::FULL {
@@ -473,13 +595,18 @@ fn offer<A: Family, T: Tables>(
         if data.direction() != Direction::Reply || data.id() != config.frontend {
             return Offer::Conflict;
         }
+        // Two clients that were given one port at the same moment.
+        if translation.has_snat
+            && tables.claimant(twin, now) != snat::claim(packet.tuple.source.to_map(), packet.tuple.source_port)
+        {
+            return Offer::Conflict;
+        }
         // This very flow: only its forward slot is missing, or another CPU is making it.
         state = data.state().next(Direction::Forward, packet.segment);
         tables.follow(twin, state, now);
     }
-    flow.twin = twin;
-    let forward = Data::new(Direction::Forward, state, id);
-    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data: forward, flow, now });
+    let forward = Data::new(Direction::Forward, state, id).with_snat(translation.has_snat);
+    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data: forward, flow: flow(twin), now });
     if inserted == Inserted::FULL {
         if is_mine {
             tables.remove(twin, now);
@@ -500,6 +627,11 @@ fn offer<A: Family, T: Tables>(
             }
             let Some(backend) = tables.backend(theirs) else { return Offer::Full };
             *translation = Translation::to_backend(backend, false);
+            if inserted.data().has_snat() {
+                let snat = tables.snat(lookup.fingerprint, now);
+                let Some(source) = tables.source(snat.source()) else { return Offer::Full };
+                translation.set_other(A::from_map(source), snat.port());
+            }
         }
     } else if is_mine {
         tables.count(Counter::FlowsCreated);
@@ -525,6 +657,12 @@ pub fn lost_reply<A: Family, T: Tables>(
     let tuple = &packet.tuple;
     let key = EndpointKey::new(tuple.source.to_map(), tuple.source_port, tuple.protocol);
     let Some(owners) = tables.owners(&key) else { return Verdict::Pass };
+    // Whose it is cannot be told from the reply; the node would refuse it, and the backend give up. The next packet of the client brings
+    // the slot back.
+    if tables.snat_ports().has(tuple.destination_port) && tables.source_index(tuple.destination.to_map()) != 0 {
+        tables.count(Counter::SnatLost);
+        return Verdict::Drop;
+    }
     for id in owners.0 {
         if id == 0 {
             break;
@@ -549,6 +687,7 @@ pub fn lost_reply<A: Family, T: Tables>(
             client: tuple.destination.to_map(),
             client_port: tuple.destination_port,
             protocol: tuple.protocol,
+            snat: Snat::NONE,
             frontend: id,
             backend: data.id(),
         };

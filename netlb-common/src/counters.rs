@@ -39,14 +39,15 @@ counters! {
     FlowsRepaired "flows_repaired" "flow table entries rebuilt from the other direction's",
     FlowsMoved "flows_moved" "flows moved off a backend that no longer serves",
     NoBackend "no_backend" "new connections dropped because their service has no backend that takes any",
-    Hairpin "hairpin" "new connections dropped because the only backend is the client itself",
-    NeedsSnat "needs_snat" "packets from outside passed untouched because the reply would not return through this node",
+    NeedsSnat "needs_snat" "packets passed untouched because the reply would not return through this node, which has no address to give them",
     TtlExpired "ttl_expired" "packets of services left to the kernel because they have no hop left",
     TooBig "too_big" "packets answered with an ICMP error because they do not fit the way out",
     NoRoute "no_route" "packets dropped because no route leads to their backend or client",
     Fragment "fragment" "fragments passed untouched",
     Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
     RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
+    SnatExhausted "snat_exhausted" "new connections dropped because every port tried of the node's address is taken at their backend",
+    SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
 }
 

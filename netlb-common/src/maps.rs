@@ -8,6 +8,7 @@ use crate::{
     atomic::Word,
     conntrack::State,
     flow::HashKey,
+    snat::Ports,
 };
 
 /// Key of `SERVICES` and of `OWNERS`: an address, a port and a protocol.
@@ -74,7 +75,16 @@ pub struct Config {
     pub members: u32,
     pub members_len: u32,
     pub algorithm: u32,
-    pub pad: [u32; 2],
+    /// See [`Config::SNAT_ALWAYS`] and [`Config::SNAT_NEVER`].
+    pub flags: u32,
+    pub pad: u32,
+}
+
+impl Config {
+    /// Every flow gets an address of the node as its source.
+    pub const SNAT_ALWAYS: u32 = 1;
+    /// None does but one of a backend to itself: replies come back here without it.
+    pub const SNAT_NEVER: u32 = 2;
 }
 
 /// How a backend is chosen, as [`Config::algorithm`] says it.
@@ -218,6 +228,9 @@ pub struct Settings {
     pub forwarding: u32,
     /// One of [`log_level`].
     pub log_level: u32,
+    /// The ports that clients get with an address of the node.
+    pub snat_ports: Ports,
+    pub pad: u32,
 }
 
 /// How translated packets leave.
@@ -248,7 +261,7 @@ const _: () = {
     assert!(size_of::<ServiceStats>() == 40);
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 112);
+    assert!(size_of::<Settings>() == 120);
 };
 
 /// What user space puts into maps and constants as plain bytes.

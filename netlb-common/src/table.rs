@@ -17,6 +17,7 @@ use crate::{
     atomic::Word,
     conntrack::{Direction, Segment, State},
     flow::Fingerprint,
+    snat::{self, Snat},
     time::Ticks,
 };
 
@@ -65,6 +66,8 @@ impl Data {
     const TAG: u64 = 0x3f << Self::TAG_SHIFT;
     /// Translates replies: the id is a frontend's, else a backend's.
     const REPLY: u64 = 1 << 36;
+    /// The flow has another source at its backend: the record tells both.
+    const SNAT: u64 = 1 << 37;
     const STATE_SHIFT: u32 = 39;
     const STATE: u64 = 0xf << Self::STATE_SHIFT;
     const ID_SHIFT: u32 = 43;
@@ -99,6 +102,19 @@ impl Data {
     #[must_use]
     pub const fn direction(self) -> Direction {
         if self.0 & Self::REPLY == 0 { Direction::Forward } else { Direction::Reply }
+    }
+
+    /// Whether the flow has another source at its backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_snat(self) -> bool {
+        self.0 & Self::SNAT != 0
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_snat(self, has_snat: bool) -> Self {
+        if has_snat { Self(self.0 | Self::SNAT) } else { self }
     }
 
     /// The index in `HOPS` of the way its packets leave by, or 0 if it is not known.
@@ -207,7 +223,7 @@ pub struct Record {
     fingerprint: Word,
     twin: Word,
     client: [Word; 2],
-    /// Client port 16, protocol 8.
+    /// Client port 16, protocol 8, source 32 from bit 24.
     client_end: Word,
     /// Frontend id 32, backend id 32.
     ids: Word,
@@ -223,6 +239,8 @@ pub struct Flow {
     pub client: Addr,
     pub client_port: PortBe,
     pub protocol: u8,
+    /// The source it has at the backend, if that is not the client.
+    pub snat: Snat,
     pub frontend: u32,
     pub backend: u32,
 }
@@ -242,7 +260,8 @@ impl Record {
         self.twin.store(flow.twin.0);
         self.client[0].store(flow.client.0[0]);
         self.client[1].store(flow.client.0[1]);
-        self.client_end.store(flow.client_port.0 as u64 | (flow.protocol as u64) << 16);
+        let snat = (flow.snat.0 as u64) << 24;
+        self.client_end.store(flow.client_port.0 as u64 | (flow.protocol as u64) << 16 | snat);
         self.ids.store(flow.frontend as u64 | (flow.backend as u64) << 32);
     }
 
@@ -258,6 +277,7 @@ impl Record {
             client: Addr([self.client[0].load(), self.client[1].load()]),
             client_port: PortBe(end as u16),
             protocol: (end >> 16) as u8,
+            snat: Snat((end >> 24) as u32),
             frontend: ids as u32,
             backend: (ids >> 32) as u32,
         })
@@ -307,6 +327,18 @@ pub trait Operations: Storage + Copy {
     #[inline(always)]
     fn probe(self, fingerprint: Fingerprint, now: Ticks) -> Data {
         self.find(fingerprint, now).map_or(Data::NONE, |found| found.data)
+    }
+
+    /// The source that a direction of a flow has at its backend.
+    #[inline(always)]
+    fn snat(self, fingerprint: Fingerprint, now: Ticks) -> Snat {
+        snat(&self, fingerprint, now)
+    }
+
+    /// Whose flow a slot is, as [`snat::claim`] says it; 0 if there is none.
+    #[inline(always)]
+    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> u64 {
+        claimant(&self, fingerprint, now)
     }
 
     /// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.
@@ -658,6 +690,23 @@ pub fn release(slot: &Slot, data: Data) -> bool {
 #[inline(always)]
 pub fn remove<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> bool {
     storage.find(fingerprint, now).is_some_and(|found| release(found.slot, found.data))
+}
+
+/// Whose flow a slot is, as [`snat::claim`] says it; 0 if there is none.
+#[inline(always)]
+pub fn claimant<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> u64 {
+    let Some(found) = storage.find(fingerprint, now) else { return 0 };
+    let flow = storage.record(found.place).and_then(|record| record.read(fingerprint));
+    // One whose record is being written is somebody's.
+    flow.map_or(u64::MAX, |flow| snat::claim(flow.client, flow.client_port))
+}
+
+/// The source that a direction of a flow has at its backend.
+#[inline(always)]
+pub fn snat<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> Snat {
+    let Some(found) = storage.find(fingerprint, now) else { return Snat::NONE };
+    let flow = storage.record(found.place).and_then(|record| record.read(fingerprint));
+    flow.map_or(Snat::NONE, |flow| flow.snat)
 }
 
 /// Tells a direction of a flow the state the other came to, as of now. Says whether it is there.

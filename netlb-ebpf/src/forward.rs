@@ -3,18 +3,24 @@
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_PROHIBIT,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE, bpf_fib_lookup as FibLookup,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
+        bpf_fib_lookup as FibLookup, bpf_sock_tuple as SocketTuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
     },
-    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
+    helpers::{
+        bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skc_lookup_tcp,
+    },
 };
 use netlb_common::{
-    addr::{Address, Ipv4Be, Ipv6Be, PortBe},
+    addr::{Address, Ipv4Be, Ipv6Be},
     balance::Lookup,
     counters::Counter,
-    flow::Parsed,
+    flow::{Parsed, Tuple},
     hop::Way,
     maps::Interface,
     table::Operations as _,
+    wire::tcp,
 };
 
 use crate::{
@@ -26,6 +32,9 @@ use crate::{
 /// `AF_INET`, `AF_INET6`.
 const FAMILY_V4: u8 = 2;
 const FAMILY_V6: u8 = 10;
+
+/// The network namespace of the program's device.
+const BPF_F_CURRENT_NETNS: i64 = -1;
 
 /// What routing says of a packet. Every field always has a value: the verifier accepts no undefined ones, which the parts of an enum
 /// would be.
@@ -70,6 +79,9 @@ impl Route {
 /// Addresses as the FIB wants them.
 pub(crate) trait Routable: Address {
     fn fill(lookup: &mut FibLookup, source: Self, destination: Self);
+    /// The source that the FIB says.
+    fn source(lookup: &FibLookup) -> Self;
+    fn fill_socket(tuple: &mut SocketTuple, of: &Tuple<Self>) -> u32;
 }
 
 impl Routable for Ipv4Be {
@@ -79,6 +91,23 @@ impl Routable for Ipv4Be {
         lookup.__bindgen_anon_3.ipv4_src = source.0;
         lookup.__bindgen_anon_4.ipv4_dst = destination.0;
     }
+
+    #[inline(always)]
+    fn source(lookup: &FibLookup) -> Self {
+        // SAFETY: of this family.
+        Self(unsafe { lookup.__bindgen_anon_3.ipv4_src })
+    }
+
+    #[inline(always)]
+    fn fill_socket(tuple: &mut SocketTuple, of: &Tuple<Self>) -> u32 {
+        tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+            saddr: of.source.0,
+            daddr: of.destination.0,
+            sport: of.source_port.0,
+            dport: of.destination_port.0,
+        };
+        size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>() as u32
+    }
 }
 
 impl Routable for Ipv6Be {
@@ -87,6 +116,24 @@ impl Routable for Ipv6Be {
         lookup.family = FAMILY_V6;
         lookup.__bindgen_anon_3.ipv6_src = words(source);
         lookup.__bindgen_anon_4.ipv6_dst = words(destination);
+    }
+
+    #[inline(always)]
+    fn source(lookup: &FibLookup) -> Self {
+        // SAFETY: of this family.
+        let [a, b, c, d] = unsafe { lookup.__bindgen_anon_3.ipv6_src }.map(u64::from);
+        if cfg!(target_endian = "little") { Self([a | b << 32, c | d << 32]) } else { Self([a << 32 | b, c << 32 | d]) }
+    }
+
+    #[inline(always)]
+    fn fill_socket(tuple: &mut SocketTuple, of: &Tuple<Self>) -> u32 {
+        tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+            saddr: words(of.source),
+            daddr: words(of.destination),
+            sport: of.source_port.0,
+            dport: of.destination_port.0,
+        };
+        size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>() as u32
     }
 }
 
@@ -101,24 +148,30 @@ fn words(address: Ipv6Be) -> [u32; 4] {
     }
 }
 
-/// Asks the kernel's routing where a packet that came in on `input` would go after its translation.
+/// The bridge that an interface is a port of, or 0: routing knows the bridge, not its port.
 #[inline(always)]
-pub(crate) fn route<A: Routable>(
-    frame: &impl Frame,
-    packet: &Parsed<A>,
-    (source, source_port): (A, PortBe),
-    (destination, destination_port): (A, PortBe),
-    input: u32,
-) -> Route {
-    // Routing knows the bridge, not its port.
-    let bridge = maps::interface(input).map_or(0, |interface| interface.master);
+fn bridge_of(interface: u32) -> u32 {
+    maps::interface(interface).map_or(0, |interface| interface.master)
+}
+
+/// What routing is asked of a packet that came in on an interface.
+#[inline(always)]
+fn question<A: Routable>(tuple: &Tuple<A>, input: u32) -> FibLookup {
     // SAFETY: plain integers.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    A::fill(&mut lookup, source, destination);
-    lookup.l4_protocol = packet.tuple.protocol;
-    lookup.sport = source_port.0;
-    lookup.dport = destination_port.0;
-    lookup.ifindex = if bridge == 0 { input } else { bridge };
+    A::fill(&mut lookup, tuple.source, tuple.destination);
+    lookup.l4_protocol = tuple.protocol;
+    lookup.sport = tuple.source_port.0;
+    lookup.dport = tuple.destination_port.0;
+    lookup.ifindex = input;
+    lookup
+}
+
+/// Asks the kernel's routing where a packet that came in on `input` would go after its translation.
+#[inline(always)]
+pub(crate) fn route<A: Routable>(frame: &impl Frame, packet: &Parsed<A>, tuple: &Tuple<A>, input: u32) -> Route {
+    let bridge = bridge_of(input);
+    let mut lookup = question(tuple, if bridge == 0 { input } else { bridge });
     lookup.__bindgen_anon_1.tot_len = frame.datagram_len(packet);
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<FibLookup>() as i32, 0) } as u32;
@@ -146,6 +199,38 @@ pub(crate) fn route<A: Routable>(
         // SAFETY: a number in either reading.
         mtu: unsafe { lookup.__bindgen_anon_1.mtu_result },
         addresses: HardwareAddresses { destination: lookup.dmac, source: lookup.smac },
+    }
+}
+
+/// The address that the node would use itself for what goes to a destination. None where no way leads there, and before Linux 6.7.
+#[inline(always)]
+pub(crate) fn preferred_source<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> Option<A> {
+    let (input, bridge) = (frame.interface(), bridge_of(frame.interface()));
+    let mut lookup = question(tuple, if bridge == 0 { input } else { bridge });
+    let (len, flags) = (size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH);
+    // SAFETY: the structure is the helper's.
+    let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, len, flags) };
+    (result == BPF_FIB_LKUP_RET_SUCCESS as i64).then_some(A::source(&lookup))
+}
+
+/// Whether a socket of the node would take a packet with this tuple for one of its connection.
+#[inline(always)]
+pub(crate) fn has_socket<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> bool {
+    // SAFETY: plain integers.
+    let mut wanted: SocketTuple = unsafe { core::mem::zeroed() };
+    let len = A::fill_socket(&mut wanted, tuple);
+    // SAFETY: the structure is the helper's, and a socket that it returns is released.
+    unsafe {
+        let socket = if tuple.protocol == tcp::PROTOCOL {
+            bpf_skc_lookup_tcp(frame.as_ptr(), &mut wanted, len, BPF_F_CURRENT_NETNS as u64, 0)
+        } else {
+            bpf_sk_lookup_udp(frame.as_ptr(), &mut wanted, len, BPF_F_CURRENT_NETNS as u64, 0)
+        };
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast());
+        true
     }
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use netlb_common::{
-    addr::Ipv6Be,
+    addr::{Addr, Ipv6Be},
     balance::{Lookup, Tables, Translation},
     conntrack::State,
     counters::Counter,
@@ -19,6 +19,7 @@ use netlb_common::{
         Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
         Settings, Tally,
     },
+    snat::{self, Ports, Source},
     table::{Bucket, New, Place, Record, Storage},
     time::Ticks,
 };
@@ -58,6 +59,8 @@ static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static SNAT_ADDRESSES: Array<Source, { snat::ADDRESSES as usize }, MMAPABLE> = Array::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -67,7 +70,7 @@ static META: Array<Meta, 1> = Array::new();
 
 #[repr(C)]
 struct Scratch {
-    work: [u64; 16],
+    work: [u64; 20],
     new: New,
 }
 
@@ -79,7 +82,7 @@ pub(crate) struct Work<A> {
     pub(crate) lookup: Lookup,
 }
 
-const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 16]>());
+const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 20]>());
 
 /// This CPU's place for the packet under way. Whoever takes it fills it in before reading it.
 #[inline(always)]
@@ -169,6 +172,8 @@ static SETTINGS: Constant = Constant(Settings {
     timeouts: [0; State::COUNT],
     forwarding: 0,
     log_level: 0,
+    snat_ports: Ports { first: 0, more: 0 },
+    pad: 0,
 });
 
 #[repr(transparent)]
@@ -218,6 +223,12 @@ pub(crate) fn way(hop: u16) -> Way {
 #[inline(always)]
 pub(crate) fn keep_way(way: &Way, now: Ticks) -> u16 {
     hop::keep(|index| HOPS.get(index), way, now)
+}
+
+/// The index of an address that flows are given as their source, or 0.
+#[inline(always)]
+pub(crate) fn keep_source(addr: Addr) -> u32 {
+    snat::keep(|index| SNAT_ADDRESSES.get(index), addr)
 }
 
 /// Counts a packet for its service.
@@ -334,6 +345,21 @@ impl Tables for Kernel {
     fn owners(&self, key: &EndpointKey) -> Option<&Owners> {
         // SAFETY: what it names is checked against the flow table.
         unsafe { OWNERS.get(key) }
+    }
+
+    #[inline(always)]
+    fn source(&self, index: u32) -> Option<Addr> {
+        SNAT_ADDRESSES.get(index)?.addr()
+    }
+
+    #[inline(always)]
+    fn source_index(&self, addr: Addr) -> u32 {
+        snat::find(|index| SNAT_ADDRESSES.get(index), addr)
+    }
+
+    #[inline(always)]
+    fn snat_ports(&self) -> Ports {
+        Ports { first: setting!(snat_ports.first), more: setting!(snat_ports.more) }
     }
 
     #[inline(always)]

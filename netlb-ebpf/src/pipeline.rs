@@ -1,12 +1,13 @@
 //! What every hook does with a packet: parse, address filter, balance. What becomes of a translated one is the hook's.
 
 use netlb_common::{
-    addr::{Ipv4Be, Ipv6Be, PortBe},
+    addr::{Ipv4Be, Ipv6Be},
     balance::{self, Known, Lookup, Scope, Selection, Tables as _, Translation, Verdict},
     conntrack::Direction,
     counters::Counter,
-    flow::Parsed,
+    flow::{Parsed, Tuple},
     maps::role,
+    snat::Snat,
     wire::Ignore,
 };
 
@@ -86,8 +87,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
 #[inline(always)]
 pub(crate) fn place<A: Packet, F: Hook<A>>(frame: &F, work: &mut Work<A>, selection: Selection) -> Verdict {
     let Work { packet, translation, lookup } = work;
-    let admits = |backend: A| frame.returns_here(packet, backend);
-    balance::place(Kernel, packet, lookup, selection, admits, translation)
+    balance::place(Kernel, packet, lookup, selection, frame, translation)
 }
 
 /// Counts a translated packet.
@@ -105,20 +105,34 @@ pub(crate) fn returns_here<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, ba
     if maps::interface(index).is_none_or(|interface| interface.role != role::UPLINK) {
         return true;
     }
-    let tuple = &packet.tuple;
-    let client = (tuple.source, tuple.source_port);
-    let route = forward::route(frame, packet, client, (backend, tuple.destination_port), index);
+    let tuple = Tuple { destination: backend, ..packet.tuple };
+    let route = forward::route(frame, packet, &tuple, index);
     !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
         || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
 }
 
-/// Source and destination after the translation.
+/// The index of the address of the node that a flow to a backend gets as its source; 0 if there is none.
 #[inline(always)]
-pub(crate) fn ends<A: Packet>(packet: &Parsed<A>, translation: &Translation<A>) -> ((A, PortBe), (A, PortBe)) {
-    let tuple = &packet.tuple;
-    let new = (translation.address, translation.port);
-    match translation.direction {
-        Direction::Forward => ((tuple.source, tuple.source_port), new),
-        Direction::Reply => (new, (tuple.destination, tuple.destination_port)),
+pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32) -> u32 {
+    let Some(backend) = Kernel.backend(backend) else { return 0 };
+    let mut tuple = packet.tuple;
+    (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
+    match forward::preferred_source(frame, &tuple) {
+        Some(source) if source.is_routable() => maps::keep_source(source.to_map()),
+        _ => 0,
     }
+}
+
+/// One attempt at a port of that address. `number` has the address's index in its upper half, and counts attempts in its lower one.
+#[inline(always)]
+pub(crate) fn attempt<A: Packet>(
+    frame: &impl Frame,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    backend: u32,
+    number: u32,
+) -> Snat {
+    let Some(backend) = Kernel.backend(backend) else { return Snat::NONE };
+    let number = (number >> 16, number & 0xffff);
+    balance::attempt(Kernel, packet, lookup, backend, number, |reply| forward::has_socket(frame, reply))
 }

@@ -13,7 +13,7 @@ use netlb_common::{
     balance::Translation,
     checksum::{self, Delta},
     conntrack::Direction,
-    flow::{Family, NETWORK, Parsed},
+    flow::{Family, NETWORK, Parsed, Tuple},
     hop::Way,
     wire::{ipv4, ipv6, tcp, udp},
 };
@@ -35,30 +35,32 @@ pub(crate) struct Ends<A> {
 
 /// What a translation makes of a packet.
 struct Change<A> {
-    old: (A, PortBe),
-    source: A,
-    destination: A,
-    ports: [PortBe; 2],
+    new: Tuple<A>,
+    /// Of the sums of addresses and of ports.
+    addresses: Delta,
+    ports: Delta,
 }
 
 impl<A: Family> Change<A> {
     #[inline(always)]
     fn new(packet: &Parsed<A>, translation: &Translation<A>) -> Self {
-        let tuple = &packet.tuple;
-        match translation.direction {
-            Direction::Forward => Self {
-                old: (tuple.destination, tuple.destination_port),
-                source: tuple.source,
-                destination: translation.address,
-                ports: [tuple.source_port, translation.port],
-            },
-            Direction::Reply => Self {
-                old: (tuple.source, tuple.source_port),
-                source: translation.address,
-                destination: tuple.destination,
-                ports: [translation.port, tuple.destination_port],
-            },
+        let old = &packet.tuple;
+        let new = translation.apply(old);
+        let (old_address, old_port) = match translation.direction {
+            Direction::Forward => (old.destination, old.destination_port),
+            Direction::Reply => (old.source, old.source_port),
+        };
+        let mut addresses = Delta::address(old_address, translation.address);
+        let mut ports = Delta::half(old_port.0, translation.port.0);
+        if translation.has_snat {
+            let (old_address, old_port) = match translation.direction {
+                Direction::Forward => (old.source, old.source_port),
+                Direction::Reply => (old.destination, old.destination_port),
+            };
+            addresses = addresses.plus(Delta::address(old_address, translation.other));
+            ports = ports.plus(Delta::half(old_port.0, translation.other_port.0));
         }
+        Self { new, addresses, ports }
     }
 }
 
@@ -70,21 +72,26 @@ pub(crate) fn rewrite<A: Rewrite>(
     translation: &Translation<A>,
     ttl: u8,
 ) -> Result<(), Refused> {
-    let Change { old: (old_address, old_port), source, destination, ports } = Change::new(packet, translation);
-    let delta = Delta::address(old_address, translation.address);
+    let Change { new, addresses, ports } = Change::new(packet, translation);
     let (check, mangled) = if packet.tuple.protocol == tcp::PROTOCOL {
         (packet.transport + tcp::CHECK, 0)
     } else {
         (packet.transport + udp::CHECK, BPF_F_MARK_MANGLED_0 as u64)
     };
-    A::write_header(frame, packet, &Ends { source, destination, ttl }, delta)?;
+    A::write_header(frame, packet, &Ends { source: new.source, destination: new.destination, ttl }, addresses)?;
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
-    frame.replace_checksum(check, 0, delta.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
-    if old_port != translation.port {
-        frame.replace_checksum(check, old_port.0 as u64, translation.port.0 as u64, mangled | 2)?;
-        frame.store::<[PortBe; 2]>(packet.transport, &ports, 0)?;
+    frame.replace_checksum(check, 0, addresses.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
+    let (old, new) = (ends(&packet.tuple), ends(&new));
+    if old != new {
+        frame.replace_checksum(check, 0, ports.0 as u64, mangled)?;
+        frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
     }
     Ok(())
+}
+
+#[inline(always)]
+const fn ends<A>(tuple: &Tuple<A>) -> [PortBe; 2] {
+    [tuple.source_port, tuple.destination_port]
 }
 
 impl Rewrite for Ipv4Be {
@@ -166,17 +173,16 @@ pub(crate) fn rewrite_in_place<A: RewriteInPlace>(
         return Err(Refused);
     }
 
-    let Change { old: (old_address, old_port), source, destination, ports } = Change::new(packet, translation);
-    let delta = Delta::address(old_address, translation.address);
+    let Change { new, addresses, ports } = Change::new(packet, translation);
     let [a, b, c] = way.addresses;
     frame.set(0, a);
     frame.set(4, b);
     frame.set(8, c);
-    A::write_in_place(frame, packet, source, destination, delta);
-    let delta = delta.plus(Delta::half(old_port.0, translation.port.0));
+    A::write_in_place(frame, packet, new.source, new.destination, addresses);
+    let delta = addresses.plus(ports);
     let sum = if is_tcp { checksum::update(packet.check, delta) } else { checksum::update_udp(packet.check, delta) };
     transport.set(check, sum);
-    transport.set(0, ports);
+    transport.set(0, ends(&new));
     Ok(())
 }
 

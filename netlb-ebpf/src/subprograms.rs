@@ -7,9 +7,10 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
-    balance::{self, Selection, Verdict},
+    balance::{self, Lookup, Reach, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
+    snat::Snat,
     table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
@@ -44,6 +45,14 @@ subprogram! {
 
     fn flow_probe(fingerprint: u64, now: u32) -> u64 {
         Kernel.find(Fingerprint(fingerprint), Ticks(now)).map_or(Data::NONE, |found| found.data).0
+    }
+
+    fn flow_snat(fingerprint: u64, now: u32) -> u32 {
+        table::snat(&Kernel, Fingerprint(fingerprint), Ticks(now)).0
+    }
+
+    fn flow_claimant(fingerprint: u64, now: u32) -> u64 {
+        table::claimant(&Kernel, Fingerprint(fingerprint), Ticks(now))
     }
 
     fn flow_follow(fingerprint: u64, state: u32, now: u32) -> u32 {
@@ -84,9 +93,8 @@ pub(crate) trait Parts: Sized {
 }
 
 /// Those that need the frame, for each hook and family.
-pub(crate) trait Hook<A>: Frame {
+pub(crate) trait Hook<A>: Frame + Reach<A> {
     fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
-    fn returns_here(&self, packet: &Parsed<A>, backend: A) -> bool;
     /// Rewrites a packet and sends it on.
     fn dispatch(&self, work: &Work<A>) -> i32;
 }
@@ -143,7 +151,7 @@ parts!(Ipv4Be, select_v4, lost_reply_v4, tend_v4, restore_v4);
 parts!(Ipv6Be, select_v6, lost_reply_v6, tend_v6, restore_v6);
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $returns_here:ident, $dispatch:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $returns_here:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
@@ -156,8 +164,36 @@ macro_rules! hook {
                 pipeline::returns_here(&$frame::new(context), packet, *backend) as u32
             }
 
+            fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, flags: u32) -> u32 {
+                let (Some(seen), Some(to)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
+                if !balance::needs_snat(seen, to, flags, |to: $family| $returns_here(context, packet, &to) != 0) {
+                    return Snat::NONE.0;
+                }
+                match $address(context, packet, backend) {
+                    0 => Snat::NO_ADDRESS.0,
+                    index => balance::reserve(|n| Snat($attempt(context, packet, lookup, backend, index << 16 | n))).0,
+                }
+            }
+
+            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32) -> u32 {
+                let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+                pipeline::address(&$frame::new(context), packet, backend)
+            }
+
+            fn $attempt(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, number: u32) -> u32 {
+                let (Some(packet), Some(lookup)) = (unsafe { packet.as_ref() }, unsafe { lookup.as_ref() }) else { return 0 };
+                pipeline::attempt(&$frame::new(context), packet, lookup, backend, number).0
+            }
+
             fn $dispatch(context: *mut $context, work: *const Work<$family>) -> i32 {
                 unsafe { work.as_ref() }.map_or($frame::DROP, |work| $hook::dispatch(&$frame::new(context), work))
+            }
+        }
+
+        impl Reach<$family> for $frame {
+            #[inline(always)]
+            fn source(&self, packet: &Parsed<$family>, lookup: &Lookup, backend: u32, flags: u32) -> Snat {
+                Snat($source(self.$as_context(), packet, lookup, backend, flags))
             }
         }
 
@@ -168,11 +204,6 @@ macro_rules! hook {
             }
 
             #[inline(always)]
-            fn returns_here(&self, packet: &Parsed<$family>, backend: $family) -> bool {
-                $returns_here(self.$as_context(), packet, &backend) != 0
-            }
-
-            #[inline(always)]
             fn dispatch(&self, work: &Work<$family>) -> i32 {
                 $dispatch(self.$as_context(), work)
             }
@@ -180,10 +211,34 @@ macro_rules! hook {
     };
 }
 
-hook!(Skb, tc, __sk_buff, skb, Ipv4Be, place_v4, returns_here_v4, dispatch_v4);
-hook!(Skb, tc, __sk_buff, skb, Ipv6Be, place_v6, returns_here_v6, dispatch_v6);
-hook!(Xdp, xdp, xdp_md, md, Ipv4Be, xdp_place_v4, xdp_returns_here_v4, xdp_dispatch_v4);
-hook!(Xdp, xdp, xdp_md, md, Ipv6Be, xdp_place_v6, xdp_returns_here_v6, xdp_dispatch_v6);
+hook!(Skb, tc, __sk_buff, skb, Ipv4Be, place_v4, returns_here_v4, address_v4, attempt_v4, source_v4, dispatch_v4);
+hook!(Skb, tc, __sk_buff, skb, Ipv6Be, place_v6, returns_here_v6, address_v6, attempt_v6, source_v6, dispatch_v6);
+hook!(
+    Xdp,
+    xdp,
+    xdp_md,
+    md,
+    Ipv4Be,
+    xdp_place_v4,
+    xdp_returns_here_v4,
+    xdp_address_v4,
+    xdp_attempt_v4,
+    xdp_source_v4,
+    xdp_dispatch_v4
+);
+hook!(
+    Xdp,
+    xdp,
+    xdp_md,
+    md,
+    Ipv6Be,
+    xdp_place_v6,
+    xdp_returns_here_v6,
+    xdp_address_v6,
+    xdp_attempt_v6,
+    xdp_source_v6,
+    xdp_dispatch_v6
+);
 
 /// A verdict from the number a subprogram returned.
 #[inline(always)]
@@ -216,6 +271,16 @@ impl Operations for Kernel {
     #[inline(always)]
     fn probe(self, fingerprint: Fingerprint, now: Ticks) -> Data {
         Data(flow_probe(fingerprint.0, now.0))
+    }
+
+    #[inline(always)]
+    fn snat(self, fingerprint: Fingerprint, now: Ticks) -> Snat {
+        Snat(flow_snat(fingerprint.0, now.0))
+    }
+
+    #[inline(always)]
+    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> u64 {
+        flow_claimant(fingerprint.0, now.0)
     }
 
     #[inline(always)]

@@ -102,15 +102,15 @@ pub(crate) fn restore<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
 #[inline(always)]
 pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     let Work { packet, translation, lookup } = work;
-    let is_fast = maps::forwarding() == forwarding::FAST;
+    // The kernel forwards nothing that comes in with an address of its own.
+    let is_fast = maps::forwarding() == forwarding::FAST || translation.has_snat;
     let len = frame.datagram_len(packet);
     let mut way = if is_fast { maps::way(translation.hop) } else { Way::NONE };
     let mut outcome = Outcome::Resolved;
     if way.interface == 0 || len > way.mtu {
         let mut route = Route::STACK;
         if is_fast || len > ALWAYS_FITS {
-            let (source, destination) = pipeline::ends(packet, translation);
-            route = forward::route(frame, packet, source, destination, frame.interface());
+            route = forward::route(frame, packet, &translation.apply(&packet.tuple), frame.interface());
         }
         (way, outcome) = (route.way(), route.outcome);
         if is_fast {

@@ -49,8 +49,7 @@ pub(crate) fn dispatch<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
     let mut way = maps::way(translation.hop);
     let input = frame.interface();
     if way.interface == 0 {
-        let (source, destination) = pipeline::ends(packet, translation);
-        let route = forward::route(frame, packet, source, destination, input);
+        let route = forward::route(frame, packet, &translation.apply(&packet.tuple), input);
         way = if route.outcome == Outcome::Resolved { route.way() } else { Way::NONE };
         forward::keep(&route, lookup);
     }

@@ -21,7 +21,7 @@ pub use self::{
     diagnostic::Diagnostic,
     duration::{format_duration, parse_duration},
     glob::Glob,
-    sections::{Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, TcxOrder, Timeouts, Xdp},
+    sections::{Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, Snat, TcxOrder, Timeouts, Xdp},
 };
 
 mod diagnostic;
@@ -38,6 +38,7 @@ pub struct Config {
     pub api: Api,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    pub snat: Snat,
     pub log: Log,
     pub services: Vec<Service>,
 }
@@ -74,9 +75,9 @@ impl Config {
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
         let raw: RawConfig = toml::from_str(text)
             .map_err(|error| ConfigError::Invalid(Box::new(Diagnostic::from_toml(file, text, &error))))?;
-        let RawConfig { node, api, limits, timeouts, log, service } = raw;
+        let RawConfig { node, api, limits, timeouts, snat, log, service } = raw;
         let services = check_services(file, text, service)?;
-        Ok(Self { node, api, limits, timeouts, log, services })
+        Ok(Self { node, api, limits, timeouts, snat, log, services })
     }
 
     /// The sections in which the two differ and that are read at start only.
@@ -87,6 +88,7 @@ impl Config {
             ("[api]", self.api != new.api),
             ("[limits]", self.limits != new.limits),
             ("[timeouts]", self.timeouts != new.timeouts),
+            ("[snat]", self.snat != new.snat),
             ("[log]", self.log != new.log),
         ]
         .into_iter()
@@ -119,6 +121,8 @@ struct RawConfig {
     limits: Limits,
     #[serde(default)]
     timeouts: Timeouts,
+    #[serde(default)]
+    snat: Snat,
     #[serde(default)]
     log: Log,
     #[serde(default)]

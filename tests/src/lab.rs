@@ -84,7 +84,7 @@ impl Case {
         SocketAddr::new(self.host(2, host), 8080)
     }
 
-    fn host(self, network: u8, host: u8) -> IpAddr {
+    pub fn host(self, network: u8, host: u8) -> IpAddr {
         match self.family {
             Family::V4 => Ipv4Addr::new(10, 244, network, host).into(),
             Family::V6 => Ipv6Addr::new(0xfd00, 0x10, 0x244, network.into(), 0, 0, 0, host.into()).into(),

@@ -39,6 +39,7 @@ fn flow(twin: u64) -> Flow {
         client: Addr::from_v4([10, 244, 1, 2]),
         client_port: PortBe::new(40_000),
         protocol: 6,
+        snat: Snat::NONE,
         frontend: 3,
         backend: 7,
     }

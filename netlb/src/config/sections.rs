@@ -185,6 +185,32 @@ fn timeout_up_to<'de, D: Deserializer<'de>>(deserializer: D, most: Duration) -> 
     })
 }
 
+/// `[snat]`: the source that clients get where a backend's replies would not come back through this node.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Snat {
+    /// The first and the last port.
+    #[serde(deserialize_with = "ports")]
+    pub ports: (u16, u16),
+}
+
+impl Default for Snat {
+    /// Above those that Linux gives its own sockets.
+    fn default() -> Self {
+        Self { ports: (61_000, 65_535) }
+    }
+}
+
+fn ports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), D::Error> {
+    deserialize_text(deserializer, "a range of ports such as \"61000-65535\"", |text| {
+        let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port >= 1024);
+        text.split_once('-')
+            .and_then(|(first, last)| Some((port(first)?, port(last)?)))
+            .filter(|(first, last)| first <= last)
+            .ok_or_else(|| format!("\"{text}\" is not a range of ports from 1024 to 65535"))
+    })
+}
+
 /// `[log]`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

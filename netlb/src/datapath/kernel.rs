@@ -90,6 +90,7 @@ impl Datapath {
         let options = Options {
             limits: &config.limits,
             timeouts: &config.timeouts,
+            snat: config.snat,
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
             xdp: config.node.xdp != Xdp::Off,

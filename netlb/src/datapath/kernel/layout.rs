@@ -11,10 +11,12 @@ use netlb_common::{
         Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
         Settings, Tally, forwarding, log_level,
     },
+    snat::{self, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
 };
 
+use super::load::Options;
 use crate::{
     config::{Forwarding, Limits, LogLevel, Timeouts},
     datapath::Sizes,
@@ -141,6 +143,7 @@ impl Layout {
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
             Spec::hash::<u32, Interface>("INTERFACES", INTERFACES),
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
+            Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }
@@ -178,23 +181,26 @@ fn in_units(state: State, timeout: Duration) -> u32 {
 }
 
 /// The constants of the programs.
-pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], forwarding: Forwarding, log: LogLevel) -> Settings {
+pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Options<'_>) -> Settings {
+    let (first, last) = options.snat.ports;
     Settings {
         hash_key: meta.hash_key,
         flow_mask: (1 << meta.flow_buckets_log2) - 1,
         filter_bits_log2: meta.filter_bits_log2,
         timeouts: *timeouts,
-        forwarding: match forwarding {
+        forwarding: match options.forwarding {
             Forwarding::Fast => forwarding::FAST,
             Forwarding::Stack => forwarding::STACK,
         },
-        log_level: match log {
+        log_level: match options.log {
             LogLevel::Off => log_level::OFF,
             LogLevel::Error => log_level::ERROR,
             LogLevel::Warn => log_level::WARN,
             LogLevel::Info => log_level::INFO,
             LogLevel::Debug => log_level::DEBUG,
         },
+        snat_ports: Ports { first, more: last - first },
+        pad: 0,
     }
 }
 
@@ -226,6 +232,7 @@ mod tests {
                 ("COUNTERS", 64),
                 ("INTERFACES", 8192),
                 ("HOPS", 16_384),
+                ("SNAT_ADDRESSES", 256),
                 ("META", 1),
             ]
         );

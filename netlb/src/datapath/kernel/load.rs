@@ -21,7 +21,7 @@ use super::{
     pins::Pins,
     syscall::{self, Direction},
 };
-use crate::config::{Forwarding, Limits, LogLevel, Timeouts};
+use crate::config::{Forwarding, Limits, LogLevel, Snat, Timeouts};
 
 /// Empty in a build without the BPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netlb-bpf"));
@@ -31,6 +31,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ne
 pub(super) struct Options<'a> {
     pub(super) limits: &'a Limits,
     pub(super) timeouts: &'a Timeouts,
+    pub(super) snat: Snat,
     pub(super) forwarding: Forwarding,
     pub(super) log: LogLevel,
     /// Whether the XDP program is wanted.
@@ -119,7 +120,7 @@ fn load_into(
         "this kernel cannot load BTF, which describes the maps (since Linux 4.18)"
     );
     let timeouts = timeouts(options.timeouts);
-    let settings = settings(&meta, &timeouts, options.forwarding, options.log);
+    let settings = settings(&meta, &timeouts, options);
     // aya-log counts its levels as we do.
     let log_level = settings.log_level as u8;
     let specs = layout.maps();

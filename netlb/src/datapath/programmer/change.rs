@@ -205,7 +205,8 @@ impl<M: Maps> Programmer<M> {
                 Algorithm::Random => algorithm::RANDOM,
                 Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
             },
-            pad: [0; 2],
+            flags: 0,
+            pad: 0,
         };
         if in_force.is_some_and(|served| served.config == config) {
             return Ok(());

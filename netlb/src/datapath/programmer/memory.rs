@@ -15,6 +15,7 @@ use netlb_common::{
     filter::Kind,
     flow::Fingerprint,
     maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    snat::Snat,
     table::{self, Bucket, Data, Flow, New, Operations, Place, Record, SLOTS, Storage, is_live},
     time::Ticks,
 };
@@ -184,6 +185,7 @@ impl MemoryMaps {
             client: Addr::from_v4([10, 244, 9, 9]),
             client_port: PortBe::new(client),
             protocol: frontend.protocol,
+            snat: Snat::NONE,
             frontend: config.frontend,
             backend,
         };

@@ -1,0 +1,209 @@
+//! Clients get an address of the node as their source where a backend's replies would not come back otherwise.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+
+use netlb::config::{Forwarding, Limits};
+use netlb::datapath::kernel::testing::Program;
+use netlb_common::conntrack::Direction;
+use netlb_common::counters::Counter;
+use netlb_common::maps::{Interface, role};
+use netlb_integration::exec::Cmd;
+use netlb_integration::frames::{ACK, SYN_ACK};
+use netlb_integration::lab::{
+    BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, REDIRECT, XDP_REDIRECT,
+    destination, mac, source,
+};
+use netlb_integration::testing::TestResult;
+
+const UPLINK: Interface = Interface { role: role::UPLINK, flags: 0, pad: 0, master: 0 };
+/// The ports that clients get.
+const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+
+/// A node with addresses on both ways, of which both are uplinks.
+fn gateway(lab: &mut Lab) -> anyhow::Result<()> {
+    for case in [CASES[0], CASES[2]] {
+        for (network, device) in [(1, "clients"), (2, "backends")] {
+            let address = case.host(network, 100);
+            let len = if address.is_ipv4() { 24 } else { 64 };
+            let mut line = format!("address add {address}/{len} dev {device}");
+            if address.is_ipv6() {
+                line += " nodad";
+            }
+            Cmd::new("ip").args(line.split(' ')).run()?.success()?;
+        }
+    }
+    for index in [CLIENTS, BACKENDS] {
+        lab.harness.set_interface(index, UPLINK)?;
+    }
+    Ok(())
+}
+
+/// The node's address towards the backends.
+fn node(case: Case) -> IpAddr {
+    case.host(2, 100)
+}
+
+#[test]
+fn a_client_outside_reaches_a_backend_outside_and_gets_its_answers() -> TestResult {
+    // The kernel would forward nothing that comes in with its own address, so this is never left to it.
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = Lab::new(forwarding, &LIMITS)?;
+        gateway(&mut lab)?;
+        for case in CASES {
+            lab.begin([case.service(&[3])]);
+            let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+            let request = case.packet(client, vip).payload([0xa5; 77]);
+            let out = lab.from_clients(request.frame());
+            let given = source(&out.frame);
+            assert_eq!((given.ip(), destination(&out.frame)), (node(case), backend), "{case}");
+            assert!(PORTS.contains(&given.port()), "{case}: {given}");
+            let frame = request.clone().to(backend).from(given).ttl(60).macs(mac(backend.ip()), BACKENDS_MAC).frame();
+            assert_eq!(out, Outcome { verdict: REDIRECT, frame }, "{case}");
+
+            for segment in [SYN_ACK, ACK, ACK] {
+                let reply = case.segment(backend, given, segment).macs(BACKENDS_MAC, mac(backend.ip())).payload([9; 5]);
+                let expected = reply.clone().from(vip).to(client).ttl(60).macs(mac(client.ip()), CLIENTS_MAC).frame();
+                let out = lab.from_backends(reply.frame());
+                assert_eq!(out, Outcome { verdict: REDIRECT, frame: expected }, "{case}: reply");
+            }
+            let out = lab.from_clients(case.segment(client, vip, ACK).frame());
+            assert_eq!((source(&out.frame), destination(&out.frame)), (given, backend), "{case}: the same");
+            assert_eq!(lab.count(Counter::FlowsCreated), 1, "{case}");
+            assert_eq!(lab.count_flows(), 1, "{case}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn xdp_does_the_same() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for index in [CLIENTS, BACKENDS] {
+        lab.harness.set_interface(index, Interface { flags: Interface::XDP, ..UPLINK })?;
+    }
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+        let request = case.packet(client, vip).payload([0xa5; 77]);
+        let out = lab.xdp_from_clients(request.frame());
+        let given = source(&out.frame);
+        let sent = request.to(backend).from(given).ttl(60).macs(mac(backend.ip()), BACKENDS_MAC).frame();
+        assert_eq!(out, Outcome { verdict: XDP_REDIRECT, frame: sent }, "{case}");
+        assert_eq!(given.ip(), node(case), "{case}");
+        let reply = case.segment(backend, given, SYN_ACK).macs(BACKENDS_MAC, mac(backend.ip()));
+        for round in 0..3 {
+            let sent = reply.clone().from(vip).to(client).ttl(60).macs(mac(client.ip()), CLIENTS_MAC).frame();
+            let out = lab.run(Program::Xdp, reply.frame(), BACKENDS);
+            assert_eq!(out, Outcome { verdict: XDP_REDIRECT, frame: sent }, "{case}, {round}");
+        }
+        assert_eq!(lab.counts(), [(Counter::FlowsCreated, 1), (Counter::SentByXdp, 4)], "{case}");
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_with_one_port_get_different_ones() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let mut given = HashSet::new();
+        for host in 0..200 {
+            let client = SocketAddr::new(neighbour(case, host), 62_000);
+            let out = lab.from_clients(case.packet(client, case.vip(80)).frame());
+            assert!(given.insert(source(&out.frame)), "{case}: {} is given twice", source(&out.frame));
+        }
+        assert!(given.iter().any(|source| source.port() == 62_000), "{case}: the first keeps its port");
+    }
+    Ok(())
+}
+
+/// Some host beyond the clients' network.
+fn neighbour(case: Case, number: u8) -> IpAddr {
+    match case.client(0).ip() {
+        IpAddr::V4(_) => [198, 51, 100, number].into(),
+        IpAddr::V6(ip) => {
+            let mut segments = ip.segments();
+            (segments[3], segments[7]) = (7, number.into());
+            segments.into()
+        }
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself_through_its_service() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    lab.harness.set_interface(BACKENDS, Interface { role: role::POD, ..Interface::default() })?;
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let (backend, vip) = (case.backend(3), case.vip(80));
+        let client = SocketAddr::new(backend.ip(), 40000);
+        let out = lab.from_backends(case.packet(client, vip).frame());
+        let given = source(&out.frame);
+        assert_eq!((out.verdict, destination(&out.frame), given.ip()), (REDIRECT, backend, node(case)), "{case}");
+        let out = lab.from_backends(case.segment(backend, given, SYN_ACK).frame());
+        assert_eq!((out.verdict, source(&out.frame), destination(&out.frame)), (REDIRECT, vip, client), "{case}");
+    }
+    Ok(())
+}
+
+#[test]
+fn either_half_of_a_flow_comes_back() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for case in CASES {
+        lab.begin([case.service(&[3, 4, 5])]);
+        let (client, vip) = (case.client(40000), case.vip(80));
+        let out = lab.from_clients(case.packet(client, vip).frame());
+        let (given, backend) = (source(&out.frame), destination(&out.frame));
+        lab.from_backends(case.segment(backend, given, SYN_ACK).frame());
+        lab.from_clients(case.segment(client, vip, ACK).frame());
+
+        // The client's next packet finds the port again.
+        assert_eq!(lab.lose(Direction::Forward), 1);
+        let out = lab.from_clients(case.segment(client, vip, ACK).frame());
+        assert_eq!((source(&out.frame), destination(&out.frame)), (given, backend), "{case}: request");
+
+        // A reply cannot tell whose it is. It must not reach the node, which would refuse it; the client's next packet brings the slot back.
+        assert_eq!(lab.lose(Direction::Reply), 1);
+        let reply = case.segment(backend, given, ACK).frame();
+        assert_eq!(lab.from_backends(&reply).verdict, DROP, "{case}");
+        assert_eq!(lab.count(Counter::SnatLost), 1, "{case}");
+        lab.age(10);
+        lab.from_clients(case.segment(client, vip, ACK).frame());
+        let out = lab.from_backends(&reply);
+        assert_eq!((source(&out.frame), destination(&out.frame)), (vip, client), "{case}: reply");
+        lab.counts();
+    }
+    Ok(())
+}
+
+#[test]
+fn with_nearly_every_port_taken_new_connections_find_one() -> TestResult {
+    let mut lab = Lab::new(Forwarding::Fast, &Limits { flows: 65_536, ..LIMITS })?;
+    gateway(&mut lab)?;
+    let case = CASES[0];
+    lab.begin([case.service(&[3])]);
+    let ports = PORTS.count() as u32;
+    let full = ports * 95 / 100;
+    let mut refused = 0;
+    for n in 0..ports * 2 {
+        let [_, _, a, b] = n.to_be_bytes();
+        let client = SocketAddr::new([198, 51, a, b].into(), 40_000);
+        let out = lab.from_clients(case.packet(client, case.vip(80)).frame());
+        if out.verdict == DROP && lab.count_flows() <= u64::from(full) {
+            refused += 1;
+        }
+        if n % 64 == 0 && lab.count_flows() == u64::from(ports) {
+            break;
+        }
+    }
+    assert!(refused * 1000 <= full, "{refused} refused before 95 % of the ports were taken");
+    let flows = lab.count_flows();
+    assert!(flows * 1000 >= u64::from(ports) * 995, "{flows} of {ports} ports are in use in the end");
+    assert!(lab.count(Counter::SnatExhausted) > 0);
+    Ok(())
+}
