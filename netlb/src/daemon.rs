@@ -70,7 +70,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let entered = runtime.enter();
     let dataplane = open_dataplane(&config, &options.bpffs)?;
     drop(entered);
-    let desired = DesiredState::new(config.services.clone(), stored);
+    let desired = DesiredState::new(Vec::new(), stored);
     let daemon = Daemon { file, config, socket, store, desired, dataplane };
     let result = runtime.block_on(daemon.serve());
     runtime.shutdown_timeout(GRACE);
@@ -101,11 +101,11 @@ impl Daemon {
     }
 
     pub(crate) async fn serve_until(self, mut next_signal: impl AsyncFnMut() -> Wanted) -> anyhow::Result<()> {
-        let Self { mut file, config, socket, store, desired, dataplane } = self;
+        let Self { mut file, mut config, socket, store, desired, dataplane } = self;
         let reload = Reload {
             file: file.name(),
             time: SystemTime::now(),
-            services: Ok(config.services.clone()),
+            services: Ok(std::mem::take(&mut config.services)),
             warnings: Vec::new(),
         };
         let start = Start { dataplane, desired, store, reload };
