@@ -1,7 +1,7 @@
 //! The thread behind [`Control`](super::Control).
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -163,7 +163,9 @@ impl Worker {
             }
             return;
         }
-        if let Err(error) = self.store.save(self.desired.api_services()) {
+        let edited: BTreeSet<_> = tried.iter().flat_map(|tried| &tried.edited).map(String::as_str).collect();
+        let edits = edited.into_iter().map(|name| (name, self.desired.api_service(name)));
+        if let Err(error) = self.store.append(edits, self.desired.api_services()) {
             tracing::error!(
                 "{error}: {}",
                 std::error::Error::source(&error).map_or_else(String::new, ToString::to_string)
