@@ -30,6 +30,7 @@ use crate::{
 
 pub(crate) mod lock;
 mod logging;
+mod memory;
 pub(crate) mod preflight;
 pub(crate) mod signals;
 pub(crate) mod socket;
@@ -119,6 +120,7 @@ impl Daemon {
         let mut tasks = JoinSet::new();
         tasks.spawn(tick(control.clone()));
         let mut changes = file.watch();
+        memory::give_back();
         tracing::info!(
             services = status.services,
             backends = status.backends,
@@ -190,7 +192,9 @@ async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control,
         }
     };
     let reload = Reload { file: file.name(), time: SystemTime::now(), services, warnings };
-    Ok(control.reload(reload).await?)
+    control.reload(reload).await?;
+    memory::give_back();
+    Ok(())
 }
 
 async fn tick(control: Control) {
