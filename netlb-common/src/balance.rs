@@ -234,7 +234,8 @@ pub fn known<A: Family, T: Tables>(
     let Some(found) = tables.find(fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
     // The kernel would take a reply to an address of this node for its own: it is translated where it comes in.
-    if !scope.has(direction) && !(found.data.has_snat() && scope == Scope::Forward) {
+    let comes_to_node = found.data.has_snat() && scope == Scope::Forward;
+    if !scope.has(direction) && !comes_to_node {
         return Known::Elsewhere;
     }
     // Ways are found out again in every unit of time: they change.

@@ -56,9 +56,10 @@ pub enum ControlError {
 /// What the control loop is given at start.
 pub struct Start {
     pub dataplane: Box<dyn Dataplane>,
+    /// What the API wants.
     pub desired: DesiredState,
     pub store: Store,
-    /// The configuration file that was read.
+    /// The configuration file that was read, with what it wants.
     pub reload: Reload,
 }
 

@@ -30,6 +30,7 @@ use crate::{
 
 pub(crate) mod lock;
 mod logging;
+mod memory;
 pub(crate) mod preflight;
 pub(crate) mod signals;
 pub(crate) mod socket;
@@ -70,7 +71,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let entered = runtime.enter();
     let dataplane = open_dataplane(&config, &options.bpffs)?;
     drop(entered);
-    let desired = DesiredState::new(config.services.clone(), stored);
+    let desired = DesiredState::new(Vec::new(), stored);
     let daemon = Daemon { file, config, socket, store, desired, dataplane };
     let result = runtime.block_on(daemon.serve());
     runtime.shutdown_timeout(GRACE);
@@ -101,11 +102,11 @@ impl Daemon {
     }
 
     pub(crate) async fn serve_until(self, mut next_signal: impl AsyncFnMut() -> Wanted) -> anyhow::Result<()> {
-        let Self { mut file, config, socket, store, desired, dataplane } = self;
+        let Self { mut file, mut config, socket, store, desired, dataplane } = self;
         let reload = Reload {
             file: file.name(),
             time: SystemTime::now(),
-            services: Ok(config.services.clone()),
+            services: Ok(std::mem::take(&mut config.services)),
             warnings: Vec::new(),
         };
         let start = Start { dataplane, desired, store, reload };
@@ -119,6 +120,7 @@ impl Daemon {
         let mut tasks = JoinSet::new();
         tasks.spawn(tick(control.clone()));
         let mut changes = file.watch();
+        memory::give_back();
         tracing::info!(
             services = status.services,
             backends = status.backends,
@@ -190,7 +192,9 @@ async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control,
         }
     };
     let reload = Reload { file: file.name(), time: SystemTime::now(), services, warnings };
-    Ok(control.reload(reload).await?)
+    control.reload(reload).await?;
+    memory::give_back();
+    Ok(())
 }
 
 async fn tick(control: Control) {

@@ -3,7 +3,10 @@
 //! [`Programmer`] turns the desired state into records, in an order that never shows a packet half a change; [`Maps`] is all it knows of
 //! the kernel. [`kernel`] is the one module that touches aya.
 
-use std::io;
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use netlb_common::{
     maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
@@ -62,7 +65,8 @@ pub trait Maps: Send {
 
     /// Everything in `OWNERS`.
     fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>>;
-    fn set_owners(&mut self, key: &EndpointKey, owners: &Owners) -> io::Result<()>;
+    /// Sets some entries. After an error some of them may be set.
+    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()>;
     fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()>;
 
     fn ring(&self, offset: u32, len: u32) -> Vec<u16>;
@@ -87,4 +91,6 @@ pub trait Maps: Send {
 
     /// Returns when no packet is under way that could have read what was replaced before the call.
     fn grace(&self);
+    /// The same without the wait: what it returns becomes true then.
+    fn begin_grace(&self) -> Arc<AtomicBool>;
 }

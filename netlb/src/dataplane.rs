@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -12,11 +13,18 @@ use crate::model::{Frontend, Owner, Service};
 /// A service that is wanted, and the source that wants it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Desired {
-    pub service: Service,
+    pub service: Arc<Service>,
     pub owner: Owner,
 }
 
-/// What became of one [`Dataplane::apply`]. Services that failed keep what they had before.
+/// What is wanted of one name now: a service, or none.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Touched {
+    pub name: String,
+    pub wanted: Option<Desired>,
+}
+
+/// What became of one [`Dataplane::apply`] or [`Dataplane::apply_touched`]. Services that failed keep what they had before.
 #[derive(Clone, Debug, Default)]
 pub struct ApplyReport {
     /// Service name and what went wrong with it.
@@ -127,6 +135,8 @@ pub struct DataplaneStatus {
 pub trait Dataplane: Send {
     /// Makes the data plane serve exactly these services. Idempotent; a failure stays with its service.
     fn apply(&mut self, desired: &[Desired]) -> ApplyReport;
+    /// The same for some services: all others stay as they are, and cost nothing.
+    fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport;
     /// The counters of the services with these names, in their order; unknown names give zeroes.
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats>;
     fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow>;

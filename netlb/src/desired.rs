@@ -3,12 +3,18 @@
 //! Pure: nothing here touches a file, a socket or a map. Services come from the configuration file and from the API. A name and a
 //! frontend belong to one service. The API is refused what the file holds; so where both claim the same, the API had it first (the file
 //! was edited later), and keeps it: the file's claim is a [`Conflict`] that waits until the other lets go.
+//!
+//! What is to be served follows each edit, and an edit costs what it touches: the state remembers the names it touched, so that the data
+//! plane need not compare everything.
 
-use std::collections::{BTreeMap, HashMap, HashSet, hash_map::Entry};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
+    sync::Arc,
+};
 
 pub use self::change::{BackendPatch, Change, ChangeError, Done, Edit, ServicePatch};
 use crate::{
-    dataplane::Desired,
+    dataplane::{Desired, Touched},
     model::{Frontend, Owner, Service},
 };
 
@@ -19,11 +25,23 @@ mod tests;
 /// What every source wants.
 #[derive(Clone, Debug, Default)]
 pub struct DesiredState {
-    file: Vec<Service>,
+    file: Vec<FileService>,
     file_names: HashMap<String, usize>,
     file_frontends: HashMap<Frontend, usize>,
-    api: BTreeMap<String, Service>,
+    /// Of services in `file`, by their place in it.
+    conflicts: BTreeMap<usize, Vec<Conflict>>,
+    api: BTreeMap<String, Arc<Service>>,
     api_frontends: HashMap<Frontend, String>,
+    /// Names under which something else may be served than when they were last asked for.
+    touched: BTreeSet<String>,
+}
+
+/// A service of the file.
+#[derive(Clone, Debug)]
+struct FileService {
+    wanted: Arc<Service>,
+    /// What is left of it beside the claims the API holds.
+    served: Option<Arc<Service>>,
 }
 
 /// A claim that another source's service stands against.
@@ -51,65 +69,124 @@ impl DesiredState {
         let mut state = Self::default();
         state.set_file(file);
         for service in api {
-            state.edit(Edit::Put(service));
+            state.edit(Edit::Put(Arc::new(service)));
         }
         state
     }
 
-    /// Replaces everything the file wants.
+    /// Replaces everything the file wants: all that is served is to be applied anew. A service that is as it was stays the same one.
     pub fn set_file(&mut self, services: Vec<Service>) {
+        let before = std::mem::take(&mut self.file);
+        let known = std::mem::take(&mut self.file_names);
+        let same = |service: Service| {
+            let old = known.get(service.name()).map(|at| &before[*at].wanted);
+            old.filter(|old| ***old == service).cloned().unwrap_or_else(|| Arc::new(service))
+        };
+        let services: Vec<_> = services.into_iter().map(same).collect();
         self.file_names = services.iter().enumerate().map(|(at, service)| (service.name().to_owned(), at)).collect();
         self.file_frontends = services
             .iter()
             .enumerate()
             .flat_map(|(at, service)| service.frontends().iter().map(move |frontend| (*frontend, at)))
             .collect();
-        self.file = services;
+        self.file = services.into_iter().map(|wanted| FileService { wanted, served: None }).collect();
+        self.conflicts.clear();
+        for at in 0..self.file.len() {
+            self.settle(at);
+        }
     }
 
     /// The services the API added, by name: what is stored.
     pub fn api_services(&self) -> impl ExactSizeIterator<Item = &Service> {
-        self.api.values()
+        self.api.values().map(|service| &**service)
+    }
+
+    /// What the API wants of a name.
+    #[must_use]
+    pub fn api_service(&self, name: &str) -> Option<&Service> {
+        self.api.get(name).map(|service| &**service)
     }
 
     /// The service with this name or frontend, and its owner.
     #[must_use]
     pub fn find(&self, reference: &str) -> Option<(&Service, Owner)> {
+        let file = |at: &usize| (&*self.file[*at].wanted, Owner::File);
         let by_name = || {
-            let api = self.api.get(reference).map(|service| (service, Owner::Api));
-            api.or_else(|| Some((&self.file[*self.file_names.get(reference)?], Owner::File)))
+            let api = self.api.get(reference).map(|service| (&**service, Owner::Api));
+            api.or_else(|| self.file_names.get(reference).map(file))
         };
         let by_frontend = || {
             let frontend = reference.parse().ok()?;
-            let api = self.api_frontends.get(&frontend).map(|name| (&self.api[name], Owner::Api));
-            api.or_else(|| Some((&self.file[*self.file_frontends.get(&frontend)?], Owner::File)))
+            let api = self.api_frontends.get(&frontend).map(|name| (&*self.api[name], Owner::Api));
+            api.or_else(|| self.file_frontends.get(&frontend).map(file))
         };
         by_name().or_else(by_frontend)
     }
 
-    /// What is to be programmed, and which claims of the file have to wait.
+    /// What is to be served.
+    pub fn served(&self) -> impl Iterator<Item = Desired> {
+        let api = self.api.values().map(|service| Desired { service: Arc::clone(service), owner: Owner::Api });
+        let file = self.file.iter().filter_map(|service| service.served.clone());
+        api.chain(file.map(|service| Desired { service, owner: Owner::File }))
+    }
+
+    /// What is to be served under this name, or at this frontend.
     #[must_use]
-    pub fn merge(&self) -> (Vec<Desired>, Vec<Conflict>) {
-        let api = |service: &Service| Desired { service: service.clone(), owner: Owner::Api };
-        let mut desired: Vec<_> = self.api.values().map(api).collect();
-        let mut conflicts = Vec::new();
-        for service in &self.file {
-            desired.extend(
-                self.without_conflicts(service, &mut conflicts).map(|service| Desired { service, owner: Owner::File }),
-            );
+    pub fn find_served(&self, reference: &str) -> Option<Desired> {
+        self.served_as(reference).or_else(|| {
+            let frontend = reference.parse().ok()?;
+            if let Some(name) = self.api_frontends.get(&frontend) {
+                return self.served_as(name);
+            }
+            let service = self.file[*self.file_frontends.get(&frontend)?].served.clone()?;
+            Some(Desired { service, owner: Owner::File })
+        })
+    }
+
+    /// What is to be served under this name.
+    fn served_as(&self, name: &str) -> Option<Desired> {
+        if let Some(service) = self.api.get(name) {
+            return Some(Desired { service: Arc::clone(service), owner: Owner::Api });
         }
-        (desired, conflicts)
+        // One that lost its first frontend may be named after another.
+        let by_frontend = || self.file_frontends.get(&name.parse().ok()?);
+        let at = self.file_names.get(name).or_else(by_frontend)?;
+        let service = self.file[*at].served.clone().filter(|service| service.name() == name)?;
+        Some(Desired { service, owner: Owner::File })
+    }
+
+    /// The names that edits touched since the last call, and what is to be served under them.
+    pub fn take_touched(&mut self) -> Vec<Touched> {
+        let names = std::mem::take(&mut self.touched);
+        names.into_iter().map(|name| Touched { wanted: self.served_as(&name), name }).collect()
+    }
+
+    /// Claims of the file that have to wait.
+    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
+        self.conflicts.values().flatten()
     }
 
     /// Every name and frontend in use, for "did you mean".
     pub(crate) fn references(&self) -> impl Iterator<Item = String> {
-        let services = || self.api.values().chain(&self.file);
+        let services = || self.api.values().chain(self.file.iter().map(|service| &service.wanted));
         let names = services().map(|service| service.name().to_owned());
         names.chain(services().flat_map(|service| service.frontends().iter().map(Frontend::to_string)))
     }
 
+    /// Finds out what is left of a file service beside the API's claims, and returns what was left before.
+    fn settle(&mut self, at: usize) -> Option<Arc<Service>> {
+        let mut conflicts = Vec::new();
+        let served = self.without_conflicts(&self.file[at].wanted, &mut conflicts);
+        if conflicts.is_empty() {
+            self.conflicts.remove(&at);
+        } else {
+            self.conflicts.insert(at, conflicts);
+        }
+        std::mem::replace(&mut self.file[at].served, served)
+    }
+
     /// What is left of a file service beside the claims the API holds.
-    fn without_conflicts(&self, service: &Service, conflicts: &mut Vec<Conflict>) -> Option<Service> {
+    fn without_conflicts(&self, service: &Arc<Service>, conflicts: &mut Vec<Conflict>) -> Option<Arc<Service>> {
         let conflict = |claim, held_by: &str| Conflict {
             service: service.name().to_owned(),
             owner: Owner::File,
@@ -121,7 +198,6 @@ impl DesiredState {
             conflicts.push(conflict(Claim::Name, service.name()));
             return None;
         }
-        let before = conflicts.len();
         let mut frontends = service.frontends().to_vec();
         frontends.retain(|frontend| match self.api_frontends.get(frontend) {
             Some(holder) => {
@@ -130,13 +206,13 @@ impl DesiredState {
             }
             None => true,
         });
-        if conflicts.len() == before {
-            return Some(service.clone());
+        if conflicts.is_empty() {
+            return Some(Arc::clone(service));
         }
         // A service named after the frontend it lost is named after the next one.
         let named = service.name() != service.frontends()[0].to_string();
         let name = named.then(|| service.name().to_owned());
-        Service::new(name, frontends, service.backends().to_vec(), service.algorithm()).ok()
+        Service::new(name, frontends, service.backends().to_vec(), service.algorithm()).ok().map(Arc::new)
     }
 
     /// Carries out one edit, and returns the one that undoes it.
@@ -146,6 +222,10 @@ impl DesiredState {
             Edit::Remove(name) => (name, None),
         };
         let old = self.api.remove(&name);
+        let claims = old.iter().chain(&new).flat_map(|service| service.frontends());
+        let mut contenders: BTreeSet<_> =
+            claims.filter_map(|frontend| self.file_frontends.get(frontend)).copied().collect();
+        contenders.extend(self.file_names.get(&name));
         for frontend in old.iter().flat_map(|service| service.frontends()) {
             // A transaction may have given it to another service already.
             if let Entry::Occupied(holder) = self.api_frontends.entry(*frontend)
@@ -160,6 +240,12 @@ impl DesiredState {
             }
             self.api.insert(name.clone(), service);
         }
+        for at in contenders {
+            let before = self.settle(at);
+            let names = before.iter().chain(&self.file[at].served).map(|service| service.name().to_owned());
+            self.touched.extend(names);
+        }
+        self.touched.insert(name.clone());
         old.map_or(Edit::Remove(name), Edit::Put)
     }
 
@@ -183,7 +269,7 @@ impl DesiredState {
                     Some(_) => {}
                     None => {
                         if let Some(at) = self.file_frontends.get(frontend) {
-                            return taken(self.file[*at].name(), Owner::File);
+                            return taken(self.file[*at].wanted.name(), Owner::File);
                         }
                     }
                 }

@@ -8,7 +8,11 @@
 //! The other algorithms need no particular slot for a flow, only right shares: their ring is the sequence of turns
 //! itself, as short as the weights allow. Nothing here does I/O.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use crate::model::{Algorithm, Backend, BackendState};
 
@@ -29,7 +33,7 @@ const PARALLEL: usize = 64;
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Members(Vec<Member>, Vec<SocketAddr>);
 
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 struct Member {
     address: SocketAddr,
     weight: u32,
@@ -122,10 +126,29 @@ impl Members {
     }
 }
 
-/// The rings of many services, built on every CPU there is.
-pub(crate) fn rings(services: &[(&Members, Algorithm)]) -> Vec<Vec<u16>> {
-    let build =
-        |part: &[(&Members, Algorithm)]| part.iter().map(|(members, algorithm)| members.ring(*algorithm)).collect();
+/// The rings of many services, each of them built once, on every CPU there is.
+pub(crate) fn rings(services: &[(&Members, Algorithm)]) -> Vec<Arc<[u16]>> {
+    if services.len() < PARALLEL {
+        return build(services);
+    }
+    // Services with equal backends have equal rings.
+    let (mut numbers, mut different) = (HashMap::with_capacity(services.len()), Vec::new());
+    let mut of_service = Vec::with_capacity(services.len());
+    for &(members, algorithm) in services {
+        of_service.push(*numbers.entry((&members.0, algorithm)).or_insert(different.len()));
+        if of_service.last() == Some(&different.len()) {
+            different.push((members, algorithm));
+        }
+    }
+    let rings = build_in_parallel(&different);
+    of_service.into_iter().map(|number| Arc::clone(&rings[number])).collect()
+}
+
+fn build(services: &[(&Members, Algorithm)]) -> Vec<Arc<[u16]>> {
+    services.iter().map(|(members, algorithm)| members.ring(*algorithm).into()).collect()
+}
+
+fn build_in_parallel(services: &[(&Members, Algorithm)]) -> Vec<Arc<[u16]>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     if services.len() < PARALLEL || threads == 1 {
         return build(services);
@@ -201,7 +224,7 @@ const fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashMap, time::Instant};
+    use std::time::Instant;
 
     use proptest::prelude::*;
 
@@ -334,10 +357,13 @@ mod tests {
 
     #[test]
     fn many_rings_are_those_built_one_by_one() {
-        let members: Vec<_> = (0..200).map(|n| Members::of(&equal(n..n + n % 12))).collect();
+        // Each is wanted by three services.
+        let members: Vec<_> = (0..201).map(|n| n / 3 * 2).map(|n| Members::of(&equal(n..n + n % 12))).collect();
         let jobs: Vec<_> = members.iter().map(|members| (members, Algorithm::Maglev)).collect();
-        let expected: Vec<_> = members.iter().map(|members| members.ring(Algorithm::Maglev)).collect();
-        assert_eq!(rings(&jobs), expected);
+        let expected: Vec<_> = members.iter().map(|members| members.ring(Algorithm::Maglev).into()).collect();
+        let rings = rings(&jobs);
+        assert_eq!(rings, expected);
+        assert!(rings.chunks(3).all(|same| same.iter().all(|ring| Arc::ptr_eq(ring, &same[0]))), "and built once");
     }
 
     #[test]

@@ -1,24 +1,44 @@
 //! The services the API added, on disk.
 //!
-//! One JSON file, replaced whole: a temporary file is written and synced, renamed over the old one, and the directory synced. After a
-//! crash at any moment the file is the old one or the new one. A file that cannot be read stops the start and is never overwritten.
+//! A snapshot has all of them, and a journal the changes since then: a change costs one record and one sync, however many services there
+//! are. When the journal has grown as long as the snapshot, a new snapshot takes the place of both.
+//!
+//! The snapshot is one JSON file, replaced whole: a temporary file is written and synced, renamed over the old one, and the directory
+//! synced. It names its journal by number, so that a journal it has taken in is never read again. After a crash at any moment there is the
+//! old snapshot with its journal, or the new one. The journal's last record may be cut off by a crash, and was then not acknowledged; any
+//! other damage stops the start, and what cannot be read is never overwritten.
 
 use std::{
-    collections::HashSet,
-    fs::{self, DirBuilder, File},
+    collections::{BTreeMap, HashSet},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
+use self::journal::Entry;
 use crate::{model::Service, spec::ServiceSpec};
+
+mod journal;
+#[cfg(test)]
+mod tests;
+
+/// Bytes that a journal may always have.
+const LEAST_JOURNAL: u64 = 1 << 20;
 
 /// Where API services are kept.
 #[derive(Debug)]
 pub struct Store {
     directory: PathBuf,
+    /// The number of the journal that goes on from the snapshot.
+    journal: u64,
+    /// Bytes of the journal. None where it cannot be written to, because there is no snapshot or because what is at its end is not known:
+    /// then the next change makes a new snapshot.
+    length: Option<u64>,
+    /// Bytes of the snapshot.
+    snapshot: u64,
 }
 
 /// Why services could not be read or kept.
@@ -49,6 +69,7 @@ impl StoreError {
 #[derive(Serialize)]
 struct Written<'a> {
     version: u64,
+    journal: u64,
     services: &'a [ServiceSpec],
 }
 
@@ -57,6 +78,8 @@ struct Written<'a> {
 struct Read {
     #[expect(dead_code, reason = "checked before the rest is read")]
     version: u64,
+    #[serde(default)]
+    journal: u64,
     services: Vec<ServiceSpec>,
 }
 
@@ -72,7 +95,7 @@ impl Store {
 
     /// Opens the state directory, made if it is missing, and reads what was kept.
     pub fn open(directory: &Path) -> Result<(Self, Vec<Service>), StoreError> {
-        let store = Self { directory: directory.to_owned() };
+        let mut store = Self { directory: directory.to_owned(), journal: 0, length: None, snapshot: 0 };
         let write = |source| StoreError::Write { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o750).create(directory).map_err(write)?;
         store.remove_leftovers();
@@ -80,129 +103,192 @@ impl Store {
         Ok((store, services))
     }
 
+    /// The files in this directory in which services are kept.
+    #[must_use]
+    pub fn files(directory: &Path) -> Vec<PathBuf> {
+        let snapshot = directory.join(Self::FILE);
+        let journals = journals(directory).into_iter().map(|number| directory.join(journal_name(number)));
+        snapshot.exists().then_some(snapshot).into_iter().chain(journals).collect()
+    }
+
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.directory.join(Self::FILE)
     }
 
-    /// Keeps these services and no others. They are on disk when this returns.
-    pub fn save<'a>(&self, services: impl Iterator<Item = &'a Service>) -> Result<(), StoreError> {
-        let services: Vec<_> = services.map(ServiceSpec::from).collect();
-        self.replace(&Written { version: Self::VERSION, services: &services })
-            .map_err(|source| StoreError::Write { path: self.path(), source })
+    /// Keeps what edits made of the services with these names: they may be gone. `all` are the services there are now. It is on disk when
+    /// this returns; if it fails, what was kept before is kept.
+    pub fn append<'a>(
+        &mut self,
+        edits: impl Iterator<Item = (&'a str, Option<&'a Service>)>,
+        all: impl Iterator<Item = &'a Service>,
+    ) -> Result<(), StoreError> {
+        let path = self.directory.join(journal_name(self.journal));
+        let entry = |(name, service): (&str, Option<&Service>)| match service {
+            Some(service) => Entry::Put(service.into()),
+            None => Entry::Remove(name.to_owned()),
+        };
+        let record = journal::record(&edits.map(entry).collect::<Vec<_>>())
+            .map_err(|source| StoreError::Write { path: path.clone(), source })?;
+        match self.length.take() {
+            Some(length) if length + record.len() as u64 <= self.snapshot.max(LEAST_JOURNAL) => {
+                let appended = self.append_record(&path, length, &record);
+                if !appended.map_err(|source| StoreError::Write { path, source })? {
+                    return self.save(all);
+                }
+                self.length = Some(length + record.len() as u64);
+                Ok(())
+            }
+            _ => self.save(all),
+        }
     }
 
-    fn replace(&self, content: &Written<'_>) -> io::Result<()> {
+    /// Says whether the journal was as it was left, and has the record now.
+    fn append_record(&self, path: &Path, length: u64, record: &[u8]) -> io::Result<bool> {
+        // Opened each time: a directory that was moved away or mounted over is noticed.
+        let mut file = match OpenOptions::new().append(true).create(length == 0).mode(0o640).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if file.metadata()?.len() != length {
+            return Ok(false);
+        }
+        let written = file.write_all(record).and_then(|()| file.sync_data());
+        if let Err(error) = written {
+            // Best without it: it will be refused. Whether this works or not, the next change makes a new snapshot.
+            file.set_len(length).and_then(|()| file.sync_data()).ok();
+            return Err(error);
+        }
+        if length == 0 {
+            self.sync_directory()?;
+        }
+        Ok(true)
+    }
+
+    /// Keeps these services and no others, in a new snapshot. They are on disk when this returns.
+    pub fn save<'a>(&mut self, services: impl Iterator<Item = &'a Service>) -> Result<(), StoreError> {
+        let services: Vec<_> = services.map(ServiceSpec::from).collect();
+        self.replace(&services).map_err(|source| StoreError::Write { path: self.path(), source })
+    }
+
+    fn replace(&mut self, services: &[ServiceSpec]) -> io::Result<()> {
+        self.length = None;
+        let before = journals(&self.directory);
+        // A number that no journal has, whatever it belongs to.
+        let journal = before.iter().copied().max().unwrap_or(0).max(self.journal) + 1;
         let mut file = tempfile::Builder::new().prefix(Self::TEMPORARY).tempfile_in(&self.directory)?;
-        let mut text = serde_json::to_vec(content)?;
+        let mut text = serde_json::to_vec(&Written { version: Self::VERSION, journal, services })?;
         text.push(b'\n');
         file.write_all(&text)?;
         file.as_file().set_permissions(fs::Permissions::from_mode(0o640))?;
         file.as_file().sync_all()?;
         file.persist(self.path())?;
+        let old = std::mem::replace(&mut self.journal, journal);
+        self.snapshot = text.len() as u64;
+        self.sync_directory()?;
+        self.length = Some(0);
+        // Those of a snapshot that somebody has put aside stay with it.
+        for number in before.into_iter().filter(|number| *number <= old) {
+            self.remove(&self.directory.join(journal_name(number)));
+        }
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> io::Result<()> {
         File::open(&self.directory)?.sync_all()
     }
 
-    fn read(&self) -> Result<Vec<Service>, StoreError> {
+    fn read(&mut self) -> Result<Vec<Service>, StoreError> {
         let path = self.path();
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(StoreError::Read { path, source }),
-        };
+        let Some(text) = read_if_there(&path)? else { return Ok(Vec::new()) };
         let damaged = |reason: String| StoreError::Damaged { path: path.clone(), reason };
         let VersionOnly { version } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if version != Self::VERSION {
             return Err(StoreError::Version { path, version });
         }
-        let Read { services, .. } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-        let services: Vec<_> = services
-            .into_iter()
-            .map(|spec| spec.into_service().map_err(|error| damaged(error.to_string())))
-            .collect::<Result<_, _>>()?;
-        let mut names = HashSet::with_capacity(services.len());
-        let mut frontends = HashSet::with_capacity(services.len());
-        for service in &services {
-            if !names.insert(service.name()) {
-                return Err(damaged(format!("service `{}` is in it twice", service.name())));
+        let Read { journal, services: specs, .. } =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        let mut services = BTreeMap::new();
+        for spec in specs {
+            let service = spec.into_service().map_err(|error| damaged(error.to_string()))?;
+            if let Some(twice) = services.insert(service.name().to_owned(), service) {
+                return Err(damaged(format!("service `{}` is in it twice", twice.name())));
             }
+        }
+        (self.journal, self.snapshot) = (journal, text.len() as u64);
+        self.length = self.replay(&mut services)?;
+        let mut frontends = HashSet::with_capacity(services.len());
+        for service in services.values() {
             if let Some(twice) = service.frontends().iter().find(|frontend| !frontends.insert(**frontend)) {
                 return Err(damaged(format!("frontend {twice} is in it twice")));
             }
         }
-        Ok(services)
+        Ok(services.into_values().collect())
+    }
+
+    /// Carries out what the journal says, and returns its length if it can be continued.
+    fn replay(&self, services: &mut BTreeMap<String, Service>) -> Result<Option<u64>, StoreError> {
+        let path = self.directory.join(journal_name(self.journal));
+        let Some(text) = read_if_there(&path)? else { return Ok(Some(0)) };
+        let (entries, length) =
+            journal::read(&text).map_err(|reason| StoreError::Damaged { path: path.clone(), reason })?;
+        for entry in entries {
+            match entry {
+                Entry::Put(spec) => {
+                    let service = spec
+                        .into_service()
+                        .map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })?;
+                    services.insert(service.name().to_owned(), service);
+                }
+                Entry::Remove(name) => drop(services.remove(&name)),
+            }
+        }
+        let is_whole = length == text.len();
+        if !is_whole {
+            tracing::warn!(
+                "the last change in {} was cut off before it was acknowledged, and is left out",
+                path.display()
+            );
+        }
+        Ok(is_whole.then_some(length as u64))
     }
 
     /// Removes temporary files of a daemon that was killed while it wrote.
     fn remove_leftovers(&self) {
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(Self::TEMPORARY)) {
-            if let Err(error) = fs::remove_file(entry.path()) {
-                tracing::debug!("cannot remove {}: {error}", entry.path().display());
-            }
+            self.remove(&entry.path());
+        }
+    }
+
+    fn remove(&self, path: &Path) {
+        if let Err(error) = fs::remove_file(path) {
+            tracing::debug!("cannot remove {}: {error}", path.display());
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Algorithm;
-
-    fn service(name: &str, frontend: &str) -> Service {
-        Service::new(Some(name.to_owned()), vec![frontend.parse().unwrap()], vec![], Algorithm::Random).unwrap()
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+    match fs::read(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(StoreError::Read { path: path.to_owned(), source }),
     }
+}
 
-    #[test]
-    fn what_was_saved_is_read_and_a_missing_file_is_empty() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, services) = Store::open(&directory.path().join("deep/er")).unwrap();
-        assert!(services.is_empty());
-        let saved = [service("a", "10.0.0.1:1/tcp"), service("b", "[fd00::1]:1/udp")];
-        store.save(saved.iter()).unwrap();
-        assert_eq!(Store::open(&store.directory).unwrap().1, saved);
-    }
+fn journal_name(number: u64) -> String {
+    format!("services-{number}.journal")
+}
 
-    #[test]
-    fn a_file_cut_anywhere_is_refused_by_name_and_left_as_it_is() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, _) = Store::open(directory.path()).unwrap();
-        store.save([service("a", "10.0.0.1:1/tcp")].iter()).unwrap();
-        let whole = fs::read(store.path()).unwrap();
-        // The last byte is the newline after the document.
-        for cut in 0..whole.len() - 1 {
-            fs::write(store.path(), &whole[..cut]).unwrap();
-            let error = Store::open(directory.path()).unwrap_err();
-            assert!(error.to_string().contains("services.json is damaged: "), "{error}");
-            assert!(error.hint().unwrap().contains("services.json.damaged"));
-            assert_eq!(fs::read(store.path()).unwrap(), whole[..cut]);
-        }
-    }
-
-    #[test]
-    fn a_newer_version_and_double_claims_are_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, _) = Store::open(directory.path()).unwrap();
-        for (text, problem) in [
-            (r#"{"version":2,"services":[],"more":1}"#, "has version 2, this netlb knows version 1"),
-            (
-                r#"{"version":1,"services":[{"frontend":"10.0.0.1:1/tcp"},{"name":"b","frontend":"10.0.0.1:1/tcp"}]}"#,
-                "frontend 10.0.0.1:1/tcp is in it twice",
-            ),
-            (r#"{"version":1,"services":[{"name":"b"}]}"#, "service `b` has no frontend"),
-        ] {
-            fs::write(store.path(), text).unwrap();
-            let error = Store::open(directory.path()).unwrap_err().to_string();
-            assert!(error.contains(problem), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_temporary_file_of_a_killed_daemon_is_no_state_and_goes() {
-        let directory = tempfile::tempdir().unwrap();
-        let leftover = directory.path().join(".services-abc");
-        fs::write(&leftover, r#"{"version":1,"serv"#).unwrap();
-        assert!(Store::open(directory.path()).unwrap().1.is_empty());
-        assert!(!leftover.exists());
-    }
+/// The numbers of the journals in a directory.
+fn journals(directory: &Path) -> Vec<u64> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        let name = name.to_str()?;
+        let number = name.strip_prefix("services-")?.strip_suffix(".journal")?.parse().ok()?;
+        (journal_name(number) == name).then_some(number)
+    };
+    entries.filter_map(number).collect()
 }

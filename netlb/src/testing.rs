@@ -16,7 +16,7 @@ use crate::{
     daemon::{Daemon, signals::Wanted, socket::Socket},
     dataplane::{
         ApplyError, ApplyReport, BackendCounters, Counter, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter,
-        InterfaceStatus, MapStatus, ServiceCounters, ServiceStats,
+        InterfaceStatus, MapStatus, ServiceCounters, ServiceStats, Touched,
     },
     desired::DesiredState,
     store::Store,
@@ -90,6 +90,17 @@ impl Dataplane for MemoryDataplane {
         }
         memory.applies += 1;
         report
+    }
+
+    fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
+        let mut desired = self.lock().served.clone();
+        for Touched { name, wanted } in touched {
+            match wanted {
+                Some(wanted) => desired.insert(name.clone(), wanted.clone()),
+                None => desired.remove(name),
+            };
+        }
+        self.apply(&desired.into_values().collect::<Vec<_>>())
     }
 
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
@@ -173,7 +184,7 @@ impl TestDaemon {
         std::fs::write(directory.path().join("netlb.toml"), config).unwrap();
         let (file, config) = ConfigFile::open(&directory.path().join("netlb.toml")).unwrap();
         let (store, stored) = Store::open(&directory.path().join("state")).unwrap();
-        let desired = DesiredState::new(config.services.clone(), stored);
+        let desired = DesiredState::new(Vec::new(), stored);
         let socket = Socket::check(&directory.path().join("netlb.sock")).unwrap();
         let dataplane = MemoryDataplane::default();
         let daemon = Daemon { file, config, socket, store, desired, dataplane: Box::new(dataplane.clone()) };

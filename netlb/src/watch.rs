@@ -1,8 +1,11 @@
 //! The configuration file over time: read, and watched for changes.
 //!
 //! The directory is watched, not the file: editors write a new file and rename it, and a ConfigMap swaps a symbolic link beside it.
+//!
+//! A file that had something in it and is empty now is taken for one that is being written. One that was empty before is what it says.
 
 use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -24,7 +27,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct ConfigFile {
     path: PathBuf,
-    text: Option<String>,
+    /// A hash of the text; the text may be long. None for a file that could not be read.
+    said: Option<u64>,
+    /// Whether what is in use came from an empty file.
+    is_empty: bool,
 }
 
 /// Says when something happened in the file's directory.
@@ -40,10 +46,8 @@ pub struct Changes {
 impl ConfigFile {
     /// Reads a file for the first time.
     pub fn open(path: &Path) -> Result<(Self, Config), ConfigError> {
-        let mut file = Self { path: path.to_owned(), text: None };
-        let text = file.read_text()?;
-        let config = Config::parse(&file.name(), &text)?;
-        file.text = Some(text);
+        let mut file = Self { path: path.to_owned(), said: None, is_empty: true };
+        let config = file.read()?;
         Ok((file, config))
     }
 
@@ -55,22 +59,29 @@ impl ConfigFile {
     /// Reads the file again.
     pub fn read(&mut self) -> Result<Config, ConfigError> {
         let text = self.read_text();
-        // Remembered also when it is wrong: the same error need not be told twice.
-        self.text = text.as_ref().ok().cloned();
-        let text = text?;
-        if text.trim().is_empty() {
-            // What a file looks like between being opened for writing and being written.
-            let empty = Diagnostic::new(&self.name(), &text, 0..0, "the file is empty: half written?")
-                .with_help("a file with a comment in it is taken for one without services");
-            return Err(ConfigError::Invalid(Box::new(empty)));
-        }
-        Config::parse(&self.name(), &text)
+        self.parse(text)
     }
 
     /// Reads the file again if it says something else than before.
     pub fn read_if_changed(&mut self) -> Option<Result<Config, ConfigError>> {
-        let text = self.read_text().ok();
-        (text != self.text).then(|| self.read())
+        let text = self.read_text();
+        (text.as_ref().ok().map(hash) != self.said).then(|| self.parse(text))
+    }
+
+    fn parse(&mut self, text: Result<String, ConfigError>) -> Result<Config, ConfigError> {
+        // Remembered also when it is wrong: the same error need not be told twice.
+        self.said = text.as_ref().ok().map(hash);
+        let text = text?;
+        let is_empty = text.trim().is_empty();
+        if is_empty && !self.is_empty {
+            // What a file looks like between being opened for writing and being written.
+            let empty = Diagnostic::new(&self.name(), &text, 0..0, "the file is empty now: half written?")
+                .with_help("a file with a comment in it is taken for one without services");
+            return Err(ConfigError::Invalid(Box::new(empty)));
+        }
+        let config = Config::parse(&self.name(), &text)?;
+        self.is_empty = is_empty;
+        Ok(config)
     }
 
     /// Watches the file's directory. Where that cannot be done, nothing is ever said; SIGHUP still works.
@@ -93,7 +104,8 @@ impl ConfigFile {
         if let Err(error) = &watcher {
             tracing::warn!("cannot watch {}: {error}; send SIGHUP after a change", directory.display());
         }
-        Changes { _watcher: watcher.ok(), events, pending: false }
+        // The file was read before this, and may have changed in between.
+        Changes { _watcher: watcher.ok(), events, pending: true }
     }
 
     fn read_text(&self) -> Result<String, ConfigError> {
@@ -118,6 +130,12 @@ impl Changes {
         drop(tokio::time::timeout(LONGEST_WAIT, quiet).await);
         self.pending = false;
     }
+}
+
+fn hash(text: &String) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Whether an event came from somebody reading, as we do ourselves.
@@ -173,6 +191,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_change_between_reading_and_watching_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("netlb.toml");
+        fs::write(&path, "# nothing\n").unwrap();
+        let (mut file, _) = ConfigFile::open(&path).unwrap();
+        fs::write(&path, ONE).unwrap();
+        assert!(changed(&mut file.watch()).await);
+        assert_eq!(file.read_if_changed().unwrap().unwrap().services.len(), 1);
+    }
+
+    #[tokio::test]
     async fn a_wait_that_is_given_up_loses_no_change() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("netlb.toml");
@@ -186,18 +215,37 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_or_missing_file_is_an_error_and_told_once() {
+    fn a_file_that_becomes_empty_or_missing_is_an_error_and_told_once() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("netlb.toml");
         fs::write(&path, ONE).unwrap();
         let (mut file, _) = ConfigFile::open(&path).unwrap();
         fs::write(&path, "").unwrap();
-        assert!(file.read_if_changed().unwrap().unwrap_err().summary().ends_with("the file is empty: half written?"));
+        assert!(
+            file.read_if_changed().unwrap().unwrap_err().summary().ends_with("the file is empty now: half written?")
+        );
         assert!(file.read_if_changed().is_none());
+        assert!(file.read().is_err(), "nor when asked again");
         fs::remove_file(&path).unwrap();
         assert!(matches!(file.read_if_changed().unwrap(), Err(ConfigError::Read { .. })));
         assert!(file.read_if_changed().is_none());
         fs::write(&path, ONE).unwrap();
         assert_eq!(file.read_if_changed().unwrap().unwrap().services.len(), 1);
+    }
+
+    #[test]
+    fn a_file_that_was_empty_may_stay_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("netlb.toml");
+        fs::write(&path, "").unwrap();
+        let (mut file, config) = ConfigFile::open(&path).unwrap();
+        assert!(config.services.is_empty());
+        assert_eq!(file.read().unwrap(), config);
+        fs::write(&path, "\n").unwrap();
+        assert_eq!(file.read_if_changed().unwrap().unwrap(), config);
+        fs::write(&path, "[[serv").unwrap();
+        assert!(file.read_if_changed().unwrap().is_err());
+        fs::write(&path, "").unwrap();
+        assert_eq!(file.read_if_changed().unwrap().unwrap(), config, "as what is in use");
     }
 }

@@ -232,7 +232,8 @@ impl Lab {
 
     /// Serves these services and no others.
     pub fn serve(&mut self, services: impl IntoIterator<Item = Service>) {
-        let desired = Vec::from_iter(services.into_iter().map(|service| Desired { service, owner: Owner::File }));
+        let desired =
+            Vec::from_iter(services.into_iter().map(|service| Desired { service: service.into(), owner: Owner::File }));
         let ApplyReport { failed, .. } = self.harness.programmer_mut().apply(&desired);
         assert!(failed.is_empty(), "{failed:?}");
     }

@@ -48,8 +48,9 @@ impl Cleanup {
         let pins = pins(bpffs)?;
         let mut files = Vec::new();
         files.extend(fs::symlink_metadata(&socket).is_ok().then_some(socket));
-        let store = state_dir.join(Store::FILE);
-        files.extend((*state && store.exists()).then_some(store));
+        if *state {
+            files.extend(Store::files(state_dir));
+        }
         if pins.is_empty() && files.is_empty() {
             return out.say("nothing to remove");
         }

@@ -1,7 +1,7 @@
 //! The thread behind [`Control`](super::Control).
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{ControlError, OutOfSync, Request, Start};
 use crate::{
-    dataplane::{ApplyError, Dataplane, Desired, FlowFilter},
+    dataplane::{ApplyError, ApplyReport, Dataplane, Desired, FlowFilter},
     desired::{Change, ChangeError, Conflict, DesiredState, Done, Edit},
     model::Service,
     rfc3339::format_time,
@@ -46,8 +46,7 @@ pub struct Worker {
     started: SystemTime,
     reload: ReloadView,
     reload_warnings: Vec<String>,
-    /// What was last given to the data plane.
-    programmed: Vec<Desired>,
+    /// Those that were logged.
     conflicts: Vec<Conflict>,
     out_of_sync: OutOfSync,
     retry_at: Option<SystemTime>,
@@ -74,15 +73,18 @@ impl std::fmt::Debug for Worker {
 }
 
 impl Worker {
-    pub(super) fn new(Start { dataplane, desired, store, reload }: Start) -> Self {
+    pub(super) fn new(Start { dataplane, mut desired, store, reload }: Start) -> Self {
+        let view = reload_view(&reload);
+        if let Ok(services) = reload.services {
+            desired.set_file(services);
+        }
         Self {
             dataplane,
             desired,
             store,
             started: SystemTime::now(),
-            reload_warnings: reload.warnings.clone(),
-            reload: reload_view(&reload),
-            programmed: Vec::new(),
+            reload_warnings: reload.warnings,
+            reload: view,
             conflicts: Vec::new(),
             out_of_sync: OutOfSync::new(),
             retry_at: None,
@@ -145,13 +147,13 @@ impl Worker {
 
     /// Programs, stores and acknowledges what is in the desired state already, or takes it back.
     fn carry_out(&mut self, tried: Vec<Tried>) {
-        self.program();
+        self.program_touched();
         let failed = |tried: &Tried| {
             tried.edited.iter().find_map(|name| Some((name.clone(), self.out_of_sync.get(name)?.clone())))
         };
         if let Some((service, source)) = tried.iter().find_map(failed) {
             let mut waiting = self.take_back(tried);
-            self.program();
+            self.program_touched();
             if waiting.len() > 1 {
                 for waiting in waiting {
                     self.change(vec![waiting]);
@@ -161,14 +163,16 @@ impl Worker {
             }
             return;
         }
-        if let Err(error) = self.store.save(self.desired.api_services()) {
+        let edited: BTreeSet<_> = tried.iter().flat_map(|tried| &tried.edited).map(String::as_str).collect();
+        let edits = edited.into_iter().map(|name| (name, self.desired.api_service(name)));
+        if let Err(error) = self.store.append(edits, self.desired.api_services()) {
             tracing::error!(
                 "{error}: {}",
                 std::error::Error::source(&error).map_or_else(String::new, ToString::to_string)
             );
             let error = Arc::new(error);
             let waiting = self.take_back(tried);
-            self.program();
+            self.program_touched();
             for Waiting { reply, .. } in waiting {
                 drop(reply.send(Err(ControlError::Store(Arc::clone(&error)))));
             }
@@ -191,14 +195,34 @@ impl Worker {
         waiting
     }
 
-    /// Makes the data plane serve the desired state.
+    /// Makes the data plane serve the desired state, all of it.
     pub(super) fn program(&mut self) {
-        let (desired, conflicts) = self.desired.merge();
+        // Among the rest.
+        self.desired.take_touched();
+        let desired: Vec<_> = self.desired.served().collect();
         let report = self.dataplane.apply(&desired);
-        let is_new = |(service, problem): &&(String, ApplyError)| self.out_of_sync.get(service) != Some(problem);
+        let before = std::mem::take(&mut self.out_of_sync);
+        self.note(report, &before);
+        self.retry_at = (!self.out_of_sync.is_empty()).then(|| SystemTime::now() + RETRY);
+    }
+
+    /// Makes the data plane serve the desired state where edits have touched it.
+    fn program_touched(&mut self) {
+        let touched = self.desired.take_touched();
+        let report = self.dataplane.apply_touched(&touched);
+        let before = touched.iter().filter_map(|touched| self.out_of_sync.remove_entry(&touched.name)).collect();
+        self.note(report, &before);
+        // What failed before may find room now. It is tried off the path of the change.
+        self.retry_at = (!self.out_of_sync.is_empty()).then(SystemTime::now);
+    }
+
+    /// Takes note of what came of an apply, and tells the operator what is new.
+    fn note(&mut self, report: ApplyReport, out_of_sync_before: &OutOfSync) {
+        let is_new = |(service, problem): &&(String, ApplyError)| out_of_sync_before.get(service) != Some(problem);
         log_some(report.failed.iter().filter(is_new), |(service, problem)| {
             tracing::error!("service {service} could not be programmed: {problem}");
         });
+        let conflicts: Vec<_> = self.desired.conflicts().cloned().collect();
         let known: HashSet<_> = self.conflicts.iter().collect();
         log_some(conflicts.iter().filter(|conflict| !known.contains(conflict)), |conflict| {
             let Conflict { service, owner, held_by, held_by_owner, .. } = conflict;
@@ -206,13 +230,11 @@ impl Worker {
                 "conflict: {service} ({owner}) claims what {held_by} ({held_by_owner}) holds, which keeps it"
             );
         });
+        self.conflicts = conflicts;
         if report.changed > 0 {
             tracing::debug!("{} services programmed in {:?}", report.changed, report.took);
         }
-        self.out_of_sync = report.failed.into_iter().collect();
-        self.retry_at = (!self.out_of_sync.is_empty()).then(|| SystemTime::now() + RETRY);
-        self.programmed = desired;
-        self.conflicts = conflicts;
+        self.out_of_sync.extend(report.failed);
     }
 
     pub(super) fn dataplane(&mut self) -> &mut dyn Dataplane {
@@ -238,36 +260,27 @@ impl Worker {
 
     /// The filter for a service given by its name or a frontend.
     pub(super) fn flow_filter(&self, service: Option<String>) -> Result<FlowFilter, ChangeError> {
-        let find = |reference: String| match self.find(&reference) {
-            Some(at) => Ok(self.programmed[at].service.name().to_owned()),
-            None => Err(self.desired.not_found(&reference)),
-        };
-        Ok(FlowFilter { service: service.map(find).transpose()? })
+        let name = |reference: String| self.find(&reference).map(|desired| desired.service.name().to_owned());
+        Ok(FlowFilter { service: service.map(name).transpose()? })
     }
 
     pub(super) fn services(&self) -> Vec<ServiceView> {
-        let names: Vec<_> = self.programmed.iter().map(|desired| desired.service.name()).collect();
+        let mut served: Vec<_> = self.desired.served().collect();
+        served.sort_by(|a, b| a.service.name().cmp(b.service.name()));
+        let names: Vec<_> = served.iter().map(|desired| desired.service.name()).collect();
         let stats = self.dataplane.stats(&names);
-        let mut views: Vec<_> =
-            self.programmed.iter().zip(stats).map(|(desired, stats)| self.view(desired, stats)).collect();
-        views.sort_by(|a, b| a.name.cmp(&b.name));
-        views
+        served.iter().zip(stats).map(|(desired, stats)| self.view(desired, stats)).collect()
     }
 
     pub(super) fn service(&self, reference: &str) -> Result<ServiceView, ChangeError> {
-        let at = self.find(reference).ok_or_else(|| self.desired.not_found(reference))?;
-        let desired = &self.programmed[at];
+        let desired = self.find(reference)?;
         let stats = self.dataplane.stats(&[desired.service.name()]).pop().unwrap_or_default();
-        Ok(self.view(desired, stats))
+        Ok(self.view(&desired, stats))
     }
 
     /// The served service with this name or frontend.
-    fn find(&self, reference: &str) -> Option<usize> {
-        let by_name = self.programmed.iter().position(|desired| desired.service.name() == reference);
-        by_name.or_else(|| {
-            let frontend = reference.parse().ok()?;
-            self.programmed.iter().position(|desired| desired.service.frontends().contains(&frontend))
-        })
+    fn find(&self, reference: &str) -> Result<Desired, ChangeError> {
+        self.desired.find_served(reference).ok_or_else(|| self.desired.not_found(reference))
     }
 
     fn view(&self, desired: &Desired, stats: crate::dataplane::ServiceStats) -> ServiceView {
@@ -288,8 +301,8 @@ impl Worker {
             pid: std::process::id(),
             started: format_time(self.started),
             uptime_seconds: now.duration_since(self.started).unwrap_or_default().as_secs(),
-            services: self.programmed.len() as u64,
-            backends: self.programmed.iter().map(|desired| desired.service.backends().len() as u64).sum(),
+            services: self.desired.served().count() as u64,
+            backends: self.desired.served().map(|desired| desired.service.backends().len() as u64).sum(),
             load_seconds: status.load_seconds,
             kernel_bytes: status.kernel_bytes,
             forwarding: status.forwarding,
@@ -322,7 +335,7 @@ impl Worker {
                 .iter()
                 .map(|(service, problem)| OutOfSyncView { service: service.clone(), problem: problem.to_string() })
                 .collect(),
-            conflicts: self.conflicts.iter().map(ConflictView::from).collect(),
+            conflicts: self.desired.conflicts().map(ConflictView::from).collect(),
         }
     }
 }

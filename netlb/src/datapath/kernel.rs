@@ -22,9 +22,8 @@ use self::{
 use super::Programmer;
 use crate::{
     config::{Config, Forwarding, LogLevel, Xdp},
-    dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats},
+    dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats, Touched},
     interfaces::Interfaces,
-    model::Frontend,
 };
 
 pub use self::maps::KernelMaps;
@@ -56,7 +55,6 @@ pub struct Datapath {
     load_time: Duration,
     /// What went wrong at start and did not end it.
     warnings: Vec<String>,
-    serves_ipv6: bool,
 }
 
 impl fmt::Debug for Datapath {
@@ -112,7 +110,6 @@ impl Datapath {
             start: Some(Start { began, pins: pins.clone(), unfinished: loaded.unfinished }),
             load_time: Duration::ZERO,
             warnings: Vec::new(),
-            serves_ipv6: false,
         })
     }
 
@@ -154,13 +151,15 @@ impl Datapath {
 
 impl Dataplane for Datapath {
     fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
-        let is_v6 = |frontend: &Frontend| frontend.address.is_ipv6();
-        self.serves_ipv6 = desired.iter().any(|desired| desired.service.frontends().iter().any(is_v6));
         let report = self.programmer.apply(desired);
         if let Some(start) = self.start.take() {
             self.finish_start(start);
         }
         report
+    }
+
+    fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
+        self.programmer.apply_touched(touched)
     }
 
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
@@ -186,7 +185,7 @@ impl Dataplane for Datapath {
         warnings.extend(interfaces.warnings);
         if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
             warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
-            if self.serves_ipv6 {
+            if self.programmer.serves_ipv6() {
                 warnings.extend(forwarding_warning("net.ipv6.conf.all.forwarding", "IPv6"));
             }
         }

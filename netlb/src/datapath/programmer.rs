@@ -2,8 +2,8 @@
 //!
 //! A change is written beside what is in force, and comes into force by one store per frontend: frontends and backends,
 //! ring and members, the [`Config`] that names them, the ways back (`OWNERS`, address filter), and only then
-//! `SERVICES`. What it replaces lies still until no packet can be reading it ([`Maps::grace`]), which is waited for off
-//! the path of a change: in [`Programmer::tick`], or when room is short.
+//! `SERVICES`. What it replaces lies still until no packet can be reading it ([`Maps::grace`]). Changes do not wait for
+//! that: [`Programmer::tick`] begins to wait and a later one sees the end. Only where room is short, a change waits.
 //!
 //! Numbers of frontends and backends stand in the slots of flows. So they outlive what they were made for: only when a
 //! scan of the flow table has found none that names it does a number mean something else. Until then a backend that
@@ -17,6 +17,8 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     io,
     net::SocketAddr,
+    sync::{Arc, mpsc},
+    thread,
     time::Instant,
 };
 
@@ -29,13 +31,13 @@ use netlb_common::{
 
 use self::{
     regions::Regions,
-    release::{Retired, Waiting},
+    release::{Resting, Retired, Waiting},
     shared::{BitCounts, OwnerLists},
     table::Table,
 };
 use super::{Maps, Sizes};
 use crate::{
-    dataplane::{ApplyError, ApplyReport, Desired},
+    dataplane::{ApplyError, ApplyReport, Desired, Touched},
     maglev::{self, Members},
     model::{Frontend, Protocol, Service},
 };
@@ -54,7 +56,7 @@ mod table;
 mod tests;
 
 /// Rings built at once: enough for every CPU, few enough to keep in memory.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 512;
 /// Times that services which found no room are tried again, after old records were given up.
 const RETRIES: u32 = 5;
 
@@ -77,12 +79,13 @@ pub struct Programmer<M: Maps> {
     owners: OwnerLists,
     filter: BitCounts,
     retired: Retired,
+    resting: Option<Resting>,
     waiting: Waiting,
     /// During an [`apply`](Self::apply): frontends that go from one service to another.
     moving: HashSet<EndpointKey>,
     /// Of the last config that was written.
     generation: u32,
-    /// Counts calls of [`apply`](Self::apply).
+    /// Counts calls of [`apply`](Self::apply), which looks at all services.
     round: u64,
     /// Counts what became free.
     freed: u64,
@@ -108,7 +111,7 @@ struct Entry {
 enum State {
     /// To be looked at, because a daemon before this one wrote it, or because something went wrong.
     Unknown,
-    As(Service),
+    As(Arc<Service>),
     /// At most flows.
     Removed,
 }
@@ -132,6 +135,11 @@ struct Served {
 impl Entry {
     fn new(name: Option<String>, programmed: State) -> Self {
         Self { name, programmed, frontends: HashMap::new(), backends: HashMap::new(), wanted: 0 }
+    }
+
+    /// Whether there is more of it than flows.
+    const fn is_there(&self) -> bool {
+        !matches!(self.programmed, State::Removed)
     }
 }
 
@@ -159,6 +167,7 @@ impl<M: Maps> Programmer<M> {
             owners: OwnerLists::default(),
             filter: BitCounts::default(),
             retired: Retired::default(),
+            resting: None,
             waiting: Waiting::new(clock()),
             clock: Box::new(clock),
             moving: HashSet::new(),
@@ -179,12 +188,33 @@ impl<M: Maps> Programmer<M> {
     /// had.
     pub fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
         let start = Instant::now();
-        let mut report = ApplyReport::default();
         self.round += 1;
-        let mut pending = self.compare(desired);
+        let pending = self.compare(desired.iter().map(|desired| &desired.service));
         self.recognise(&pending);
+        let unwanted = self.unwanted();
+        let report = self.carry_out(pending, unwanted);
+        ApplyReport { took: start.elapsed(), ..report }
+    }
+
+    /// The same for some services. What it costs depends on them alone, however many others there are.
+    pub fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
+        let start = Instant::now();
+        let pending = self.compare(touched.iter().filter_map(|touched| Some(&touched.wanted.as_ref()?.service)));
+        let unwanted = touched.iter().filter(|touched| touched.wanted.is_none());
+        let unwanted = unwanted.filter_map(|touched| {
+            let index = *self.names.get(&touched.name)?;
+            self.services.get(index).is_some_and(Entry::is_there).then_some(index)
+        });
+        let unwanted = unwanted.collect();
+        let report = self.carry_out(pending, unwanted);
+        ApplyReport { took: start.elapsed(), ..report }
+    }
+
+    /// Removes services and programs others.
+    fn carry_out(&mut self, mut pending: Vec<&Arc<Service>>, unwanted: Vec<u32>) -> ApplyReport {
+        let mut report = ApplyReport::default();
         self.moving = self.moving(&pending);
-        self.remove_unwanted(&mut report);
+        self.remove_unwanted(unwanted, &mut report);
         let mut retries = RETRIES;
         loop {
             let freed = self.freed;
@@ -204,7 +234,6 @@ impl<M: Maps> Programmer<M> {
         if report.changed > 0 {
             self.waiting.hurry();
         }
-        report.took = start.elapsed();
         report
     }
 
@@ -225,14 +254,23 @@ impl<M: Maps> Programmer<M> {
         usage.into_iter().map(|(name, (entries, size))| (name, entries, size)).collect()
     }
 
+    /// Whether a frontend is served at an IPv6 address.
+    pub fn serves_ipv6(&self) -> bool {
+        self.served.keys().any(|key| !key.addr.is_v4())
+    }
+
     /// The services that are not as they are wanted.
-    fn compare<'a>(&mut self, desired: &'a [Desired]) -> Vec<&'a Service> {
+    fn compare<'a>(&mut self, desired: impl Iterator<Item = &'a Arc<Service>>) -> Vec<&'a Arc<Service>> {
         let mut pending = Vec::new();
-        for Desired { service, .. } in desired {
+        for service in desired {
             let entry = self.names.get(service.name()).and_then(|index| self.services.get_mut(*index));
             if let Some(entry) = entry {
                 entry.wanted = self.round;
-                if matches!(&entry.programmed, State::As(programmed) if programmed == service) {
+                if let State::As(programmed) = &mut entry.programmed
+                    && (Arc::ptr_eq(programmed, service) || programmed == service)
+                {
+                    // One in memory is enough.
+                    *programmed = Arc::clone(service);
                     continue;
                 }
             }
@@ -242,7 +280,7 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Gives services found in the maps the names of those that want their frontends.
-    fn recognise(&mut self, pending: &[&Service]) {
+    fn recognise(&mut self, pending: &[&Arc<Service>]) {
         if self.round > 1 {
             return;
         }
@@ -263,7 +301,7 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// The frontends that another service has now.
-    fn moving(&self, pending: &[&Service]) -> HashSet<EndpointKey> {
+    fn moving(&self, pending: &[&Arc<Service>]) -> HashSet<EndpointKey> {
         let mut moving = HashSet::new();
         for service in pending {
             let index = self.names.get(service.name()).copied();
@@ -276,10 +314,13 @@ impl<M: Maps> Programmer<M> {
         moving
     }
 
-    fn remove_unwanted(&mut self, report: &mut ApplyReport) {
-        let unwanted =
-            |(_, entry): &(u32, &Entry)| entry.wanted != self.round && !matches!(entry.programmed, State::Removed);
-        let unwanted: Vec<_> = self.services.iter().filter(unwanted).map(|(index, _)| index).collect();
+    /// The services that are there and were not wanted in this round.
+    fn unwanted(&self) -> Vec<u32> {
+        let unwanted = |(_, entry): &(u32, &Entry)| entry.wanted != self.round && entry.is_there();
+        self.services.iter().filter(unwanted).map(|(index, _)| index).collect()
+    }
+
+    fn remove_unwanted(&mut self, unwanted: Vec<u32>, report: &mut ApplyReport) {
         for index in unwanted {
             match self.remove(index) {
                 Ok(()) => report.changed += 1,
@@ -289,18 +330,33 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Programs services one after the other, and returns those that failed.
-    fn program_all<'a>(&mut self, pending: &[&'a Service], report: &mut ApplyReport) -> Vec<(&'a Service, ApplyError)> {
+    fn program_all<'a>(
+        &mut self,
+        pending: &[&'a Arc<Service>],
+        report: &mut ApplyReport,
+    ) -> Vec<(&'a Arc<Service>, ApplyError)> {
         let mut failed = Vec::new();
-        for services in pending.chunks(CHUNK) {
-            let members: Vec<_> = services.iter().map(|service| Members::of(service.backends())).collect();
-            let jobs: Vec<_> = members.iter().zip(services).map(|(all, service)| (all, service.algorithm())).collect();
-            for ((service, members), ring) in services.iter().zip(&members).zip(maglev::rings(&jobs)) {
-                match self.program(service, members, &ring) {
+        let mut program = |services: &[&'a Arc<Service>], rings: Vec<(Members, Arc<[u16]>)>| {
+            for (service, (members, ring)) in services.iter().zip(rings) {
+                match self.program(service, &members, &ring) {
                     Ok(changed) => report.changed += usize::from(changed),
                     Err(error) => failed.push((*service, error)),
                 }
             }
+        };
+        if pending.len() <= CHUNK {
+            program(pending, rings(pending));
+            return failed;
         }
+        thread::scope(|scope| {
+            // One chunk is programmed while the next one's rings are built.
+            let (sender, built) = mpsc::sync_channel(1);
+            scope.spawn(move || {
+                // Whoever would receive it lives as long as there are chunks.
+                pending.chunks(CHUNK).all(|services| sender.send((services, rings(services))).is_ok())
+            });
+            built.into_iter().for_each(|(services, rings)| program(services, rings));
+        });
         failed
     }
 
@@ -402,6 +458,14 @@ impl<M: Maps> Programmer<M> {
             filter::bit(Ipv6Be::from_map(key.addr), kind, bits)
         }
     }
+}
+
+/// The members and the ring of each service.
+fn rings(services: &[&Arc<Service>]) -> Vec<(Members, Arc<[u16]>)> {
+    let members: Vec<_> = services.iter().map(|service| Members::of(service.backends())).collect();
+    let jobs: Vec<_> = members.iter().zip(services).map(|(all, service)| (all, service.algorithm())).collect();
+    let rings = maglev::rings(&jobs);
+    members.into_iter().zip(rings).collect()
 }
 
 impl<M: Maps> fmt::Debug for Programmer<M> {

@@ -1,6 +1,6 @@
 //! Changes the API asks for: checked against the state, and turned into edits.
 
-use std::{collections::HashSet, net::SocketAddr};
+use std::{collections::HashSet, net::SocketAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -87,7 +87,7 @@ pub struct BackendPatch {
 /// One step of a change, complete in itself.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Edit {
-    Put(Service),
+    Put(Arc<Service>),
     Remove(String),
 }
 
@@ -173,7 +173,7 @@ impl DesiredState {
         let edits = match change {
             Change::Create(service) => {
                 self.name_is_free(service.name())?;
-                vec![Edit::Put(service.clone())]
+                vec![Edit::Put(Arc::new(service.clone()))]
             }
             Change::Put { reference, spec } => self.put(reference, spec)?,
             Change::Patch { reference, patch } => {
@@ -218,7 +218,7 @@ impl DesiredState {
             let names = match (self.api.get(edit.name()), edit.service()) {
                 (None, _) => &mut done.created,
                 (Some(_), None) => &mut done.removed,
-                (Some(old), Some(new)) if old == new => &mut done.unchanged,
+                (Some(old), Some(new)) if **old == *new => &mut done.unchanged,
                 (Some(_), Some(_)) => &mut done.updated,
             };
             names.push(edit.name().to_owned());
@@ -272,16 +272,16 @@ impl DesiredState {
             return Err(ChangeError::Mismatch { reference: reference.to_owned() });
         }
         self.name_is_free(service.name())?;
-        Ok(vec![Edit::Put(service)])
+        Ok(vec![Edit::Put(Arc::new(service))])
     }
 
     /// Puts `new` in the place of `old`, under another name perhaps.
     fn replace(&self, old: &Service, new: Service) -> Result<Vec<Edit>, ChangeError> {
         if new.name() == old.name() {
-            return Ok(vec![Edit::Put(new)]);
+            return Ok(vec![Edit::Put(Arc::new(new))]);
         }
         self.name_is_free(new.name())?;
-        Ok(vec![Edit::Remove(old.name().to_owned()), Edit::Put(new)])
+        Ok(vec![Edit::Remove(old.name().to_owned()), Edit::Put(Arc::new(new))])
     }
 
     fn apply(&self, services: &[Service], prune: bool) -> Result<Vec<Edit>, ChangeError> {
@@ -293,7 +293,7 @@ impl DesiredState {
         }
         let pruned = self.api.keys().filter(|name| prune && !names.contains(name.as_str()));
         let removals = pruned.map(|name| Edit::Remove(name.clone()));
-        Ok(removals.chain(services.iter().cloned().map(Edit::Put)).collect())
+        Ok(removals.chain(services.iter().cloned().map(Arc::new).map(Edit::Put)).collect())
     }
 }
 
@@ -316,7 +316,7 @@ fn with_backends(service: &Service, edit: impl FnOnce(&mut Vec<Backend>)) -> Res
     let mut backends = service.backends().to_vec();
     edit(&mut backends);
     let (name, frontends) = (service.name().to_owned(), service.frontends().to_vec());
-    Ok(vec![Edit::Put(Service::new(Some(name), frontends, backends, service.algorithm())?)])
+    Ok(vec![Edit::Put(Arc::new(Service::new(Some(name), frontends, backends, service.algorithm())?))])
 }
 
 fn find_backend(service: &Service, address: SocketAddr) -> Result<usize, ChangeError> {

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::{
     model::{Algorithm, Backend, Weight},
@@ -29,7 +31,11 @@ fn served(state: &DesiredState) -> Vec<String> {
         let frontends: Vec<_> = service.frontends().iter().map(Frontend::to_string).collect();
         format!("{owner} {} {}", service.name(), frontends.join(" "))
     };
-    state.merge().0.iter().map(show).collect()
+    state.served().map(|desired| show(&desired)).collect()
+}
+
+fn conflicts(state: &DesiredState) -> Vec<Conflict> {
+    state.conflicts().cloned().collect()
 }
 
 const A: &str = "10.96.0.1:80/tcp";
@@ -50,9 +56,8 @@ fn a_frontend_of_two_sources_stays_with_the_first_until_it_lets_go() {
     let mut state = state(&[], &[service("api", &[A])]);
     state.set_file(vec![service("file", &[A, B])]);
     assert_eq!(served(&state), ["api api 10.96.0.1:80/tcp", "file file 10.96.0.2:80/tcp"]);
-    let conflicts = state.merge().1;
     assert_eq!(
-        conflicts,
+        conflicts(&state),
         [Conflict {
             service: "file".into(),
             owner: Owner::File,
@@ -63,7 +68,7 @@ fn a_frontend_of_two_sources_stays_with_the_first_until_it_lets_go() {
     );
     change(&mut state, Change::Remove { reference: "api".into() }).unwrap();
     assert_eq!(served(&state), ["file file 10.96.0.1:80/tcp 10.96.0.2:80/tcp"]);
-    assert!(state.merge().1.is_empty());
+    assert!(conflicts(&state).is_empty());
     let again = change(&mut state, Change::Create(service("api", &[A])));
     assert!(matches!(again, Err(ChangeError::FrontendTaken { owner: Owner::File, .. })), "{again:?}");
 }
@@ -73,7 +78,7 @@ fn a_name_of_two_sources_stays_with_the_first() {
     let mut state = state(&[], &[service("web", &[A])]);
     state.set_file(vec![service("web", &[B])]);
     assert_eq!(served(&state), ["api web 10.96.0.1:80/tcp"]);
-    assert_eq!(state.merge().1[0].claim, Claim::Name);
+    assert_eq!(conflicts(&state)[0].claim, Claim::Name);
 }
 
 #[test]
@@ -81,7 +86,7 @@ fn an_unnamed_file_service_that_lost_its_first_frontend_is_served_at_the_next() 
     let mut state = state(&[], &[service("api", &[A])]);
     state.set_file(vec![service("", &[A, B]), service("gone", &[A])]);
     assert_eq!(served(&state), ["api api 10.96.0.1:80/tcp", "file 10.96.0.2:80/tcp 10.96.0.2:80/tcp"]);
-    assert_eq!(state.merge().1.len(), 2);
+    assert_eq!(conflicts(&state).len(), 2);
 }
 
 #[test]
@@ -197,4 +202,97 @@ fn undoing_edits_in_reverse_gives_the_state_before() {
     assert_eq!(served(&state), served(&before));
     assert_eq!(state.find(A).unwrap().0.name(), "a");
     assert_eq!(state.find(B).unwrap().0.name(), "b");
+}
+
+/// One of a few services: `frontends` is a bit for each of four, `unnamed` leaves the name to the first of them.
+fn any_service() -> impl Strategy<Value = Service> {
+    (0..4_u8, 1..16_u8, any::<bool>()).prop_map(|(number, frontends, unnamed)| {
+        let frontends = (0..4).filter(|bit| frontends >> bit & 1 != 0).map(|bit| format!("10.96.0.{bit}:80/tcp"));
+        let frontends: Vec<_> = frontends.collect();
+        let frontends: Vec<_> = frontends.iter().map(String::as_str).collect();
+        service(&if unnamed { String::new() } else { format!("s{number}") }, &frontends)
+    })
+}
+
+/// A file has no name and no frontend twice.
+fn any_file() -> impl Strategy<Value = Vec<Service>> {
+    prop::collection::vec(any_service(), 0..4).prop_map(|services| {
+        let (mut names, mut frontends) = (HashSet::new(), HashSet::new());
+        let is_new = |service: &Service| {
+            names.insert(service.name().to_owned())
+                && service.frontends().iter().all(|frontend| frontends.insert(*frontend))
+        };
+        let mut services = services;
+        services.retain(is_new);
+        services
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    File(Vec<Service>),
+    Change(Change),
+    /// A change that is taken back.
+    Undone(Change),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let change = prop_oneof![
+        any_service().prop_map(Change::Create),
+        (0..4_u8).prop_map(|number| Change::Remove { reference: format!("s{number}") }),
+        (0..4_u8).prop_map(|bit| Change::Remove { reference: format!("10.96.0.{bit}:80/tcp") }),
+        (any_file(), any::<bool>()).prop_map(|(services, prune)| Change::Apply { services, prune }),
+    ];
+    let changed = change.clone().prop_map(Step::Change);
+    prop_oneof![2 => any_file().prop_map(Step::File), 6 => changed, 2 => change.prop_map(Step::Undone)]
+}
+
+proptest! {
+    #[test]
+    fn what_is_served_follows_the_edits_as_if_made_anew(steps in prop::collection::vec(any_step(), 1..40)) {
+        let by_name = |state: &DesiredState| -> BTreeMap<String, Desired> {
+            state.served().map(|desired| (desired.service.name().to_owned(), desired)).collect()
+        };
+        let mut state = DesiredState::default();
+        let mut file = Vec::new();
+        // What a data plane has that is told the touched names only.
+        let mut told = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::File(services) => {
+                    file = services;
+                    state.set_file(file.clone());
+                    state.take_touched();
+                    told = by_name(&state);
+                }
+                Step::Change(wanted) => {
+                    change(&mut state, wanted).ok();
+                }
+                Step::Undone(wanted) => {
+                    let edits = state.plan(&wanted).map(|(edits, _)| edits).unwrap_or_default();
+                    let undo: Vec<_> = edits.into_iter().map(|edit| state.edit(edit)).collect();
+                    for edit in undo.into_iter().rev() {
+                        state.edit(edit);
+                    }
+                }
+            }
+            for Touched { name, wanted } in state.take_touched() {
+                match wanted {
+                    Some(desired) => told.insert(name, desired),
+                    None => told.remove(&name),
+                };
+            }
+            let anew = DesiredState::new(file.clone(), state.api_services().cloned().collect());
+            prop_assert_eq!(&told, &by_name(&anew));
+            prop_assert_eq!(by_name(&state), by_name(&anew));
+            prop_assert_eq!(conflicts(&state), conflicts(&anew));
+            for desired in anew.served() {
+                let found = |reference: &str| state.find_served(reference);
+                prop_assert_eq!(found(desired.service.name()), Some(desired.clone()));
+                for frontend in desired.service.frontends() {
+                    prop_assert_eq!(found(&frontend.to_string()), Some(desired.clone()));
+                }
+            }
+        }
+    }
 }

@@ -3,8 +3,12 @@
 use std::{
     fmt, io,
     mem::offset_of,
-    os::fd::AsFd as _,
-    sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
+    },
+    thread,
 };
 
 use aya::{
@@ -30,6 +34,8 @@ pub struct KernelMaps {
     sizes: Sizes,
     services: HashMap<MapData, EndpointKey, ConfigRef>,
     owners: HashMap<MapData, EndpointKey, Owners>,
+    /// The same map.
+    owners_fd: OwnedFd,
     configs: Mapping<Config>,
     backends: Mapping<Backend>,
     frontends: Mapping<Frontend>,
@@ -39,7 +45,7 @@ pub struct KernelMaps {
     service_stats: PerCpuArray<MapData, ServiceStats>,
     backend_stats: Mapping<Tally>,
     flows: FlowTable,
-    grace: Grace,
+    grace: Arc<Grace>,
 }
 
 impl fmt::Debug for KernelMaps {
@@ -110,10 +116,15 @@ impl KernelMaps {
     /// Takes the maps out of the loaded object, whose programs have to be loaded as well.
     pub(super) fn new(ebpf: &mut Ebpf, layout: &Layout, timeouts: &[u32; State::COUNT]) -> io::Result<Self> {
         let sizes = layout.sizes;
+        let owners_fd = match ebpf.map("OWNERS") {
+            Some(Map::HashMap(map)) => map.fd().as_fd().try_clone_to_owned()?,
+            _ => return Err(io::Error::other("map OWNERS is not a hash")),
+        };
         Ok(Self {
             sizes,
             services: take_hash(ebpf, "SERVICES")?,
             owners: take_hash(ebpf, "OWNERS")?,
+            owners_fd,
             configs: take_mapped(ebpf, "CONFIGS", sizes.configs)?,
             backends: take_mapped(ebpf, "BACKENDS", sizes.backends)?,
             frontends: take_mapped(ebpf, "FRONTENDS", sizes.frontends)?,
@@ -128,7 +139,7 @@ impl KernelMaps {
                 mask: layout.flow_buckets() - 1,
                 timeouts: *timeouts,
             },
-            grace: Grace::new()?,
+            grace: Arc::new(Grace::new()?),
         })
     }
 
@@ -211,8 +222,9 @@ impl Maps for KernelMaps {
         self.owners.iter().collect::<Result<_, _>>().map_err(io_error)
     }
 
-    fn set_owners(&mut self, key: &EndpointKey, owners: &Owners) -> io::Result<()> {
-        self.owners.insert(key, owners, 0).map_err(io_error)
+    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()> {
+        let (keys, values): (Vec<_>, Vec<_>) = entries.iter().copied().unzip();
+        super::syscall::update_batch(self.owners_fd.as_fd(), &keys, &values)
     }
 
     fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
@@ -296,5 +308,21 @@ impl Maps for KernelMaps {
     fn grace(&self) {
         fence(Ordering::SeqCst);
         self.grace.wait();
+    }
+
+    fn begin_grace(&self) -> Arc<AtomicBool> {
+        fence(Ordering::SeqCst);
+        let (grace, is_over) = (Arc::clone(&self.grace), Arc::new(AtomicBool::new(false)));
+        let tell = Arc::clone(&is_over);
+        let wait = move || {
+            grace.wait();
+            tell.store(true, Ordering::Release);
+        };
+        if let Err(error) = thread::Builder::new().name("grace".to_owned()).spawn(wait) {
+            tracing::debug!("cannot start a thread: {error}");
+            self.grace();
+            is_over.store(true, Ordering::Release);
+        }
+        is_over
     }
 }

@@ -11,6 +11,8 @@ use std::{
     ptr,
 };
 
+use aya::Pod;
+
 /// `enum bpf_cmd` in linux/bpf.h.
 mod command {
     pub(super) const MAP_CREATE: libc::c_int = 0;
@@ -19,6 +21,7 @@ mod command {
     pub(super) const OBJ_GET: libc::c_int = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
     pub(super) const PROG_QUERY: libc::c_int = 16;
+    pub(super) const MAP_UPDATE_BATCH: libc::c_int = 26;
     pub(super) const LINK_CREATE: libc::c_int = 28;
     pub(super) const LINK_UPDATE: libc::c_int = 29;
     pub(super) const LINK_DETACH: libc::c_int = 34;
@@ -153,6 +156,29 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
 /// Detaches a link, pinned or not.
 pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(command::LINK_DETACH, &mut [raw(link)]).map(drop)
+}
+
+/// Sets entries of a hash map, all in one call (since Linux 5.6). After an error those before it are set.
+pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
+    #[derive(Default)]
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    assert_eq!(keys.len(), values.len());
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let (count, map) = (keys.len() as u32, raw(map));
+    let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
+    bpf(command::MAP_UPDATE_BATCH, &mut Batch { keys, values, count, map, ..Batch::default() }).map(drop)
 }
 
 /// What the kernel says of a link to an interface.

@@ -165,7 +165,7 @@ impl<M: Maps> Programmer<M> {
             self.maps.remove_owners(backend)?;
         }
         for (backend, owners) in missing {
-            match self.maps.set_owners(&backend, &owners) {
+            match self.maps.set_owners(&[(backend, owners)]) {
                 // A change that did not come to its end.
                 Err(error) if is_full(&error) => tracing::warn!("map OWNERS is full: {:?}", frontend_of(&backend)),
                 written => written?,

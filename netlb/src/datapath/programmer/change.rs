@@ -37,7 +37,12 @@ struct Part {
 
 impl<M: Maps> Programmer<M> {
     /// Makes a service what it is wanted to be, and says whether it was not.
-    pub(super) fn program(&mut self, service: &Service, members: &Members, ring: &[u16]) -> Result<bool, ApplyError> {
+    pub(super) fn program(
+        &mut self,
+        service: &Arc<Service>,
+        members: &Members,
+        ring: &[u16],
+    ) -> Result<bool, ApplyError> {
         let index = match self.names.get(service.name()) {
             Some(index) => *index,
             None => {
@@ -236,18 +241,14 @@ impl<M: Maps> Programmer<M> {
         if self.owners.len() > before.max(self.sizes.owners as usize) {
             return Err(full("OWNERS", self.sizes.owners, "limits.backends"));
         }
-        let mut written = HashSet::new();
-        for backend in changed {
-            if written.insert(backend)
-                && let Some(owners) = self.owners.get(&backend)
-            {
-                self.maps.set_owners(&backend, &owners).map_err(|error| match is_full(&error) {
-                    true => full("OWNERS", self.sizes.owners, "limits.backends"),
-                    false => kernel_error("OWNERS", &error),
-                })?;
-            }
-        }
-        Ok(())
+        let mut written = HashSet::with_capacity(changed.len());
+        changed.retain(|backend| written.insert(*backend));
+        let entries = changed.into_iter().filter_map(|backend| Some((backend, self.owners.get(&backend)?)));
+        let entries: Vec<_> = entries.collect();
+        self.maps.set_owners(&entries).map_err(|error| match is_full(&error) {
+            true => full("OWNERS", self.sizes.owners, "limits.backends"),
+            false => kernel_error("OWNERS", &error),
+        })
     }
 
     /// Puts the new records in force.
@@ -298,7 +299,7 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Gives up what the change replaced.
-    fn finish(&mut self, change: Change, service: &Service) -> Result<bool, ApplyError> {
+    fn finish(&mut self, change: Change, service: &Arc<Service>) -> Result<bool, ApplyError> {
         let Change { service: index, frontends, backends, raised, ring, members, configs, replaced, .. } = change;
         let mut changed = !(frontends.is_empty() && backends.is_empty() && raised.is_empty() && configs.is_empty());
         self.retired.configs.extend(replaced.into_iter().flatten());
@@ -335,7 +336,7 @@ impl<M: Maps> Programmer<M> {
         if let Some(entry) = self.services.get_mut(index) {
             entry.wanted = self.round;
             entry.programmed = match result {
-                Ok(()) => State::As(service.clone()),
+                Ok(()) => State::As(Arc::clone(service)),
                 Err(_) => State::Unknown,
             };
         }

@@ -27,8 +27,11 @@ impl<M: Maps> Programmer<M> {
     /// The counters of the services with these names, in their order; unknown names give zeroes.
     pub fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
         let known: Vec<_> = services.iter().map(|name| self.names.get(*name).copied()).collect();
-        let mut active = vec![0_u64; self.sizes.backends as usize];
-        if known.iter().any(Option::is_some) {
+        let mut active = Vec::new();
+        let entries = || known.iter().flatten().filter_map(|index| self.services.get(*index));
+        // Who never had a flow has none now. That spares the answer to a change the way through the whole table.
+        if entries().flat_map(|entry| entry.backends.values()).any(|id| self.maps.backend_flows(*id) > 0) {
+            active.resize(self.sizes.backends as usize, 0_u64);
             self.each_flow((self.clock)(), |_, _, data| {
                 if let Some(count) = active.get_mut(data.id() as usize) {
                     *count += 1;
@@ -44,7 +47,7 @@ impl<M: Maps> Programmer<M> {
             for (key, id) in &entry.backends {
                 let counters = backends.entry(socket_address(key.addr, key.port)).or_default();
                 counters.flows += self.maps.backend_flows(*id);
-                counters.active += active[*id as usize];
+                counters.active += active.get(*id as usize).copied().unwrap_or_default();
             }
             ServiceStats { service: self.maps.service_stats(index), backends: backends.into_iter().collect() }
         };

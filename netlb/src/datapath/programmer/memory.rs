@@ -6,7 +6,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -79,9 +79,12 @@ pub(super) struct MemoryMaps {
     pub(super) broken: HashSet<EndpointKey>,
     /// Frontends that the kernel fails to remove.
     pub(super) stuck: HashSet<EndpointKey>,
-    /// Whether every write is checked against all that is in force, which takes its time.
+    /// Whether a grace period that is not waited for goes on until [`MemoryMaps::end_grace`].
+    pub(super) grace_takes_long: bool,
+    grace_is_over: Arc<AtomicBool>,
     /// How long packets under way take, while which all flows are busy.
     pub(super) grace_ticks: u32,
+    /// Whether every write is checked against all that is in force, which takes its time.
     pub(super) watches: bool,
 }
 
@@ -146,9 +149,17 @@ impl MemoryMaps {
             log: Mutex::default(),
             broken: HashSet::new(),
             stuck: HashSet::new(),
+            grace_takes_long: false,
+            grace_is_over: Arc::default(),
             grace_ticks: 0,
             watches: true,
         }
+    }
+
+    /// Ends the grace period that was begun.
+    pub(super) fn end_grace(&mut self) {
+        self.grace();
+        std::mem::take(&mut self.grace_is_over).store(true, Ordering::Release);
     }
 
     /// What was written since this was called before.
@@ -368,12 +379,14 @@ impl Maps for MemoryMaps {
         Ok(self.owners.iter().map(|(key, value)| (*key, *value)).collect())
     }
 
-    fn set_owners(&mut self, key: &EndpointKey, owners: &Owners) -> io::Result<()> {
-        if !self.owners.contains_key(key) && self.owners.len() == self.sizes.owners as usize {
-            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()> {
+        for (key, owners) in entries {
+            if !self.owners.contains_key(key) && self.owners.len() == self.sizes.owners as usize {
+                return Err(io::Error::from_raw_os_error(libc::E2BIG));
+            }
+            self.note(Op::Owners(*key));
+            self.owners.insert(*key, *owners);
         }
-        self.note(Op::Owners(*key));
-        self.owners.insert(*key, *owners);
         Ok(())
     }
 
@@ -452,5 +465,13 @@ impl Maps for MemoryMaps {
             self.refresh_flows();
         }
         self.lingering.lock().unwrap().clear();
+    }
+
+    fn begin_grace(&self) -> Arc<AtomicBool> {
+        if self.grace_takes_long {
+            return Arc::clone(&self.grace_is_over);
+        }
+        self.grace();
+        Arc::new(AtomicBool::new(true))
     }
 }

@@ -1,9 +1,15 @@
 //! What is no longer in force, until nobody can know of it.
 //!
 //! Records and regions rest until every packet that may have read them is done. Numbers of frontends and backends wait
-//! until no flow names them, and then rest as well.
+//! until no record names them that is in force or rests, and no flow; then they rest as well.
 
-use std::time::SystemTime;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
 
 use super::*;
 
@@ -26,6 +32,13 @@ impl Retired {
         let Self { configs, frontends, backends, services } = self;
         configs.is_empty() && frontends.is_empty() && backends.is_empty() && services.is_empty()
     }
+}
+
+/// What was retired before a grace period began.
+#[derive(Debug)]
+pub(super) struct Resting {
+    retired: Retired,
+    is_over: Arc<AtomicBool>,
 }
 
 /// Numbers that flows may still name.
@@ -58,7 +71,7 @@ impl<M: Maps> Programmer<M> {
     /// second; flows have their own clock.
     pub fn tick(&mut self, _now: SystemTime) {
         self.sweep();
-        self.settle();
+        self.rest();
         if !self.waiting.is_empty() && (self.clock)().0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
             self.scan();
         }
@@ -73,13 +86,29 @@ impl<M: Maps> Programmer<M> {
         }
     }
 
+    /// Frees what only packets could read that are done by now, and lets rest what was retired since.
+    fn rest(&mut self) {
+        if self.resting.is_none() && !self.retired.is_empty() {
+            let retired = std::mem::take(&mut self.retired);
+            self.resting = Some(Resting { retired, is_over: self.maps.begin_grace() });
+        }
+        if let Some(Resting { retired, .. }) = self.resting.take_if(|resting| resting.is_over.load(Ordering::Acquire)) {
+            self.free(retired);
+        }
+    }
+
     /// Waits for packets under way, and frees what only they could read.
-    pub(super) fn settle(&mut self) {
-        if self.retired.is_empty() {
+    fn settle(&mut self) {
+        if self.resting.is_none() && self.retired.is_empty() {
             return;
         }
         self.maps.grace();
-        let Retired { configs, frontends, backends, services } = std::mem::take(&mut self.retired);
+        let retired = std::mem::take(&mut self.retired);
+        let resting = self.resting.take().map(|resting| resting.retired);
+        resting.into_iter().chain([retired]).for_each(|retired| self.free(retired));
+    }
+
+    fn free(&mut self, Retired { configs, frontends, backends, services }: Retired) {
         self.freed += (configs.len() + frontends.len() + backends.len()) as u64;
         for Served { reference, config } in configs {
             self.configs.free(reference.index());
@@ -104,8 +133,10 @@ impl<M: Maps> Programmer<M> {
     /// Looks which of the numbers that wait are named by no flow any more.
     fn scan(&mut self) {
         let mut named = self.named_by_flows();
-        // What goes to another service in these moments, or could not be removed, is still in force.
-        for Served { config, .. } in self.served.values() {
+        // What goes to another service in these moments, or could not be removed, is still in force. And a packet that is under way may
+        // make a flow of what is not.
+        let resting = self.resting.iter().flat_map(|resting| &resting.retired.configs);
+        for Served { config, .. } in self.served.values().chain(&self.retired.configs).chain(resting) {
             named.frontends[config.frontend as usize] = true;
             for id in self.maps.members(config.members, config.members_len) {
                 named.backends[id as usize] = true;
@@ -120,8 +151,9 @@ impl<M: Maps> Programmer<M> {
         (self.waiting.backends, self.waiting.frontends) = (backends, frontends);
 
         let found = !(free_backends.is_empty() && free_frontends.is_empty());
+        let is_early = self.resting.is_some() || !self.retired.configs.is_empty();
         self.waiting.scanned = (self.clock)();
-        self.waiting.pause = if found { SCAN_TICKS } else { (self.waiting.pause * 2).min(MOST_SCAN_TICKS) };
+        self.waiting.pause = if found || is_early { SCAN_TICKS } else { (self.waiting.pause * 2).min(MOST_SCAN_TICKS) };
         free_backends.into_iter().for_each(|id| self.release_backend(id));
         free_frontends.into_iter().for_each(|id| self.release_frontend(id));
     }
@@ -193,7 +225,7 @@ impl<M: Maps> Programmer<M> {
             .collect();
         for backend in changed {
             let written = match self.owners.get(&backend) {
-                Some(owners) => self.maps.set_owners(&backend, &owners),
+                Some(owners) => self.maps.set_owners(&[(backend, owners)]),
                 None => self.maps.remove_owners(&backend),
             };
             match written {

@@ -39,34 +39,79 @@ impl BitCounts {
 
 /// The frontends of each backend endpoint, all of them. `OWNERS` holds the first few.
 #[derive(Debug, Default)]
-pub(super) struct OwnerLists(HashMap<EndpointKey, Vec<u32>>);
+pub(super) struct OwnerLists(HashMap<EndpointKey, List>);
+
+/// There may be millions of these, nearly all of them of one frontend.
+#[derive(Debug)]
+enum List {
+    One([u32; 1]),
+    #[expect(clippy::box_collection, reason = "a third of the size, for what there is next to nothing of")]
+    More(Box<Vec<u32>>),
+}
+
+impl List {
+    fn as_slice(&self) -> &[u32] {
+        match self {
+            Self::One(list) => list,
+            Self::More(list) => list,
+        }
+    }
+
+    fn push(&mut self, frontend: u32) {
+        match self {
+            Self::One([first]) => *self = Self::More(Box::new(vec![*first, frontend])),
+            Self::More(list) => list.push(frontend),
+        }
+    }
+
+    /// The list without one of it; nothing if that was all.
+    fn without(self, at: usize) -> Option<Self> {
+        match self {
+            Self::One(_) => None,
+            Self::More(mut list) => {
+                list.remove(at);
+                match list[..] {
+                    [] => None,
+                    [one] => Some(Self::One([one])),
+                    _ => Some(Self::More(list)),
+                }
+            }
+        }
+    }
+}
 
 impl OwnerLists {
     /// Adds a frontend. Says whether the entry changes by it.
     pub(super) fn add(&mut self, endpoint: EndpointKey, frontend: u32) -> bool {
-        let list = self.0.entry(endpoint).or_default();
-        list.push(frontend);
-        list.len() <= Owners::MAX
+        match self.0.entry(endpoint) {
+            Entry::Vacant(entry) => {
+                entry.insert(List::One([frontend]));
+                true
+            }
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().push(frontend);
+                entry.get().as_slice().len() <= Owners::MAX
+            }
+        }
     }
 
     /// Removes a frontend. Says whether the entry changes by it.
     pub(super) fn remove(&mut self, endpoint: EndpointKey, frontend: u32) -> bool {
-        let Entry::Occupied(mut list) = self.0.entry(endpoint) else { return false };
-        let Some(at) = list.get().iter().position(|id| *id == frontend) else { return false };
-        list.get_mut().remove(at);
-        if list.get().is_empty() {
-            list.remove();
+        let Entry::Occupied(entry) = self.0.entry(endpoint) else { return false };
+        let Some(at) = entry.get().as_slice().iter().position(|id| *id == frontend) else { return false };
+        if let Some(rest) = entry.remove().without(at) {
+            self.0.insert(endpoint, rest);
         }
         at < Owners::MAX
     }
 
     /// The entry as it is to be, if it is to be.
     pub(super) fn get(&self, endpoint: &EndpointKey) -> Option<Owners> {
-        self.0.get(endpoint).map(|list| owners(list))
+        self.0.get(endpoint).map(|list| owners(list.as_slice()))
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&EndpointKey, Owners)> {
-        self.0.iter().map(|(endpoint, list)| (endpoint, owners(list)))
+        self.0.iter().map(|(endpoint, list)| (endpoint, owners(list.as_slice())))
     }
 
     pub(super) fn len(&self) -> usize {

@@ -164,7 +164,8 @@ fn with_algorithm(name: &str, frontends: &[&str], backends: &[&str], algorithm: 
     };
     let frontends = frontends.iter().map(|frontend| frontend.parse().unwrap()).collect();
     let backends = backends.iter().map(backend).collect();
-    Desired { service: Service::new(Some(name.to_owned()), frontends, backends, algorithm).unwrap(), owner: Owner::Api }
+    let service = Service::new(Some(name.to_owned()), frontends, backends, algorithm).unwrap();
+    Desired { service: service.into(), owner: Owner::Api }
 }
 
 const WEB: &str = "10.96.0.10:80/tcp";
@@ -193,6 +194,22 @@ fn services_are_added_changed_and_removed() {
     assert_eq!(bench.serve(&[]), 1);
     bench.rest();
     bench.assert_empty();
+}
+
+#[test]
+fn what_is_not_touched_is_left_alone() {
+    let mut bench = Bench::new();
+    let other = service("other", &[DNS], &[C]);
+    bench.serve(&[web(&[A, B]), other.clone()]);
+    let before = bench.config(DNS);
+    let touch = |wanted: Option<Desired>| [Touched { name: "web".to_owned(), wanted }];
+    let report = bench.programmer.apply_touched(&touch(Some(web(&[A]))));
+    assert_eq!((report.changed, report.failed), (1, vec![]));
+    bench.assert_serves(&[web(&[A]), other.clone()]);
+    assert_eq!(bench.programmer.apply_touched(&touch(None)).changed, 1);
+    assert_eq!(bench.programmer.apply_touched(&touch(None)).changed, 0);
+    bench.assert_serves(&[other]);
+    assert_eq!(bench.config(DNS), before);
 }
 
 #[test]
@@ -330,6 +347,36 @@ fn a_number_is_not_free_before_packets_that_saw_it_are_done() {
     assert_ne!(bench.programmer.maps.backend(a), Backend::default());
     bench.tick(1);
     assert_eq!(bench.log(), [Op::Grace, Op::Backend(a)], "and after it");
+}
+
+#[test]
+fn nothing_is_reused_and_no_number_is_free_while_a_grace_period_goes_on() {
+    let mut bench = Bench::new();
+    bench.maps().grace_takes_long = true;
+    bench.serve(&[web(&[A])]);
+    let a = bench.backend("web", A);
+    bench.serve(&[web(&[B])]);
+    for _ in 0..3 {
+        bench.tick(10);
+        assert_eq!((bench.used("CONFIGS"), bench.used("BACKENDS")), (2, 2));
+    }
+    // Replaced while the other rests: it has to wait for a grace period of its own.
+    bench.serve(&[web(&[C])]);
+    bench.maps().end_grace();
+    bench.tick(10);
+    assert_eq!(bench.used("CONFIGS"), 2);
+    bench.tick(10);
+    assert_ne!(
+        bench.programmer.maps.backend(a),
+        Backend::default(),
+        "the scan found no flow, but packets may have read it"
+    );
+    assert_eq!((bench.used("CONFIGS"), bench.used("BACKENDS")), (2, 3));
+    for _ in 0..4 {
+        bench.maps().end_grace();
+        bench.tick(10);
+    }
+    assert_eq!((bench.used("CONFIGS"), bench.used("BACKENDS")), (1, 1));
 }
 
 #[test]
@@ -644,7 +691,7 @@ fn a_new_daemon_takes_away_what_makes_no_sense() {
     bench.maps().set_service(&stray, web_ref).unwrap();
     let config = Config { members: 4000, members_len: 500, ..bench.config(WEB) };
     bench.maps().set_config(web_ref.index(), &config);
-    bench.maps().set_owners(&stray, &netlb_common::maps::Owners::default()).unwrap();
+    bench.maps().set_owners(&[(stray, netlb_common::maps::Owners::default())]).unwrap();
 
     let mut bench = bench.restart();
     assert_eq!(bench.programmer.maps.services.len(), 1);
@@ -805,8 +852,8 @@ fn ten_thousand_services_load_and_change_quickly() {
     let report = bench.apply(&desired);
     assert_eq!((report.failed.len(), report.changed), (0, 10_000));
     println!("10 000 services of 10 backends: loaded in {:?}", report.took);
-    desired[5000] = service(5000, 9);
-    let report = bench.apply(&desired);
+    let before = std::mem::replace(&mut desired[5000], service(5000, 9));
+    let report = bench.programmer.apply_touched(&touched(&[before], &desired[5000..=5000]));
     assert_eq!(report.changed, 1);
     println!("one change: {:?}", report.took);
     println!("no change: {:?}", bench.apply(&desired).took);
@@ -822,10 +869,29 @@ fn ten_thousand_services_load_and_change_quickly() {
     println!("first apply after that: {:?}", report.took);
 }
 
+/// How a data plane is told what is wanted.
+#[derive(Clone, Copy, Debug)]
+enum Extent {
+    All,
+    Touched,
+}
+
+/// The names under which something else is wanted than before.
+fn touched(before: &[Desired], after: &[Desired]) -> Vec<Touched> {
+    let by_name = |desired: &[Desired]| -> BTreeMap<_, _> {
+        desired.iter().map(|desired| (desired.service.name().to_owned(), desired.clone())).collect()
+    };
+    let (before, after) = (by_name(before), by_name(after));
+    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    let differs = names.into_iter().filter(|name| before.get(*name) != after.get(*name));
+    differs.map(|name| Touched { name: name.clone(), wanted: after.get(name).cloned() }).collect()
+}
+
 /// What may happen to a data plane.
 #[derive(Clone, Debug)]
 enum Step {
-    Serve(Vec<Desired>),
+    /// All services, or those that differ from the last ones.
+    Serve(Vec<Desired>, Extent),
     Flow {
         frontend: usize,
         client: u16,
@@ -861,7 +927,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         desired.collect::<Vec<_>>()
     });
     let step = prop_oneof![
-        4 => desired.prop_map(Step::Serve),
+        4 => (desired, prop_oneof![1 => Just(Extent::All), 2 => Just(Extent::Touched)])
+            .prop_map(|(desired, extent)| Step::Serve(desired, extent)),
         3 => (0..FRONTENDS.len(), any::<u16>()).prop_map(|(frontend, client)| Step::Flow { frontend, client }),
         3 => prop_oneof![0..8_u32, Just(TIMEOUT * 2), Just(TIMEOUT * 5)].prop_map(Step::Tick),
         1 => Just(Step::Restart),
@@ -875,26 +942,46 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 /// The maps in memory watch every write on the way.
 fn run(sizes: Sizes, steps: Vec<Step>, may_fail: bool) {
     let mut bench = Bench::with(sizes);
+    let mut before = Vec::new();
+    let mut failed = HashSet::new();
+    let mut is_new = true;
     for step in steps {
         match step {
-            Step::Serve(desired) => {
-                let report = bench.apply(&desired);
+            Step::Serve(desired, extent) => {
+                let report = match extent {
+                    Extent::Touched if !is_new => {
+                        let touched = touched(&before, &desired);
+                        for Touched { name, .. } in &touched {
+                            failed.remove(name);
+                        }
+                        bench.programmer.apply_touched(&touched)
+                    }
+                    _ => {
+                        failed.clear();
+                        bench.apply(&desired)
+                    }
+                };
+                is_new = false;
                 assert!(may_fail || report.failed.is_empty(), "{report:?}");
-                if report.failed.is_empty() {
+                failed.extend(report.failed.into_iter().map(|(name, _)| name));
+                if failed.is_empty() {
                     bench.assert_serves(&desired);
                     bench.log();
                     assert_eq!(bench.apply(&desired).changed, 0);
-                    assert_eq!(bench.log(), [], "a second time");
+                    assert_eq!(bench.log(), [], "all of it, a second time");
                 }
-                let failed: HashSet<_> = report.failed.iter().map(|(name, _)| name.as_str()).collect();
                 let fine = desired.iter().filter(|desired| !failed.contains(desired.service.name()));
                 fine.for_each(|desired| bench.assert_served(&desired.service));
+                before = desired;
             }
             Step::Flow { frontend, client } => {
                 bench.begin_flow(FRONTENDS[frontend], client);
             }
             Step::Tick(ticks) => bench.tick(ticks),
-            Step::Restart => bench = bench.restart(),
+            Step::Restart => {
+                bench = bench.restart();
+                is_new = true;
+            }
             Step::Fail { switches, removals } if may_fail => {
                 let pick = |bits: u8| (0..6).filter(move |n| bits >> n & 1 != 0).map(|n| key(FRONTENDS[n])).collect();
                 bench.maps().broken = pick(switches);
