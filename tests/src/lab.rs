@@ -188,39 +188,8 @@ impl Lab {
 
     /// Moves the calling thread into a network namespace that ends with it.
     pub fn new(forwarding: Forwarding, limits: &Limits) -> Result<Self> {
-        unshare(CloneFlags::CLONE_NEWNET).context("failed to make a network namespace; tests run as root")?;
-        let mut lines = String::from("link set lo up\n");
-        for (index, name, network, mtu, address) in
-            [(CLIENTS, "clients", 1, 1500, CLIENTS_MAC), (BACKENDS, "backends", 2, BACKENDS_MTU, BACKENDS_MAC)]
-        {
-            let address = text(address);
-            lines += &format!(
-                "link add {name} index {index} address {address} mtu {mtu} type veth peer name {name}-end mtu {mtu}\n\
-                 link set {name} addrgenmode none\n\
-                 link set {name} up\n\
-                 link set {name}-end addrgenmode none\n\
-                 link set {name}-end up\n"
-            );
-            for family in Family::BOTH {
-                let of = |host| Case::tcp(family).host(network, host);
-                let (network, len) = (of(0), if family == Family::V4 { 24 } else { 64 });
-                lines += &format!("route add {network}/{len} dev {name}\n");
-                for host in 1..=HOSTS {
-                    let (host, mac) = (of(host), text(mac(of(host))));
-                    lines += &format!("neigh add {host} lladdr {mac} dev {name} nud permanent\n");
-                }
-            }
-        }
-        // The kernel's routing speaks only where it forwards. Read below the calling thread: others are in other namespaces.
-        for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            std::fs::write(format!("/proc/sys/net/{key}"), "1").with_context(|| format!("failed to set {key}"))?;
-        }
-        Cmd::new("ip").args(["-batch", "-"]).input(lines).run()?.success()?;
-        let mut harness = Harness::new(limits, &Timeouts::default(), forwarding)?;
-        for index in [CLIENTS, BACKENDS] {
-            harness.set_interface(index, Interface { role: role::POD, ..Interface::default() })?;
-        }
-        Ok(Self { harness, seen: RefCell::new(vec![0; Counter::COUNT]) })
+        make_network()?;
+        Ok(Self { harness: load(forwarding, limits)?, seen: RefCell::new(vec![0; Counter::COUNT]) })
     }
 
     /// Begins a case: no flows, these services, and counters at zero.
@@ -380,6 +349,48 @@ impl Lab {
             slot.data.swap(data & !TIME | data.wrapping_sub(units) & TIME);
         }
     }
+}
+
+/// Moves the calling thread into a network namespace that ends with it, and makes the two ways there.
+pub fn make_network() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET).context("failed to make a network namespace; tests run as root")?;
+    let mut lines = String::from("link set lo up\n");
+    for (index, name, network, mtu, address) in
+        [(CLIENTS, "clients", 1, 1500, CLIENTS_MAC), (BACKENDS, "backends", 2, BACKENDS_MTU, BACKENDS_MAC)]
+    {
+        let address = text(address);
+        lines += &format!(
+            "link add {name} index {index} address {address} mtu {mtu} type veth peer name {name}-end mtu {mtu}\n\
+             link set {name} addrgenmode none\n\
+             link set {name} up\n\
+             link set {name}-end addrgenmode none\n\
+             link set {name}-end up\n"
+        );
+        for family in Family::BOTH {
+            let of = |host| Case::tcp(family).host(network, host);
+            let (network, len) = (of(0), if family == Family::V4 { 24 } else { 64 });
+            lines += &format!("route add {network}/{len} dev {name}\n");
+            for host in 1..=HOSTS {
+                let (host, mac) = (of(host), text(mac(of(host))));
+                lines += &format!("neigh add {host} lladdr {mac} dev {name} nud permanent\n");
+            }
+        }
+    }
+    // The kernel's routing speaks only where it forwards. Read below the calling thread: others are in other namespaces.
+    for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{key}"), "1").with_context(|| format!("failed to set {key}"))?;
+    }
+    Cmd::new("ip").args(["-batch", "-"]).input(lines).run()?.success()?;
+    Ok(())
+}
+
+/// Loads the programs and tells them about the two ways.
+pub fn load(forwarding: Forwarding, limits: &Limits) -> Result<Harness> {
+    let mut harness = Harness::new(limits, &Timeouts::default(), forwarding)?;
+    for index in [CLIENTS, BACKENDS] {
+        harness.set_interface(index, Interface { role: role::POD, ..Interface::default() })?;
+    }
+    Ok(harness)
 }
 
 /// In what state a packet comes from a device.

@@ -78,7 +78,7 @@ fn bpf_clippy() -> Result<Result<Command, String>> {
             direct
         }
     };
-    cargo.args(["--package", "netlb-ebpf", "--bin", "netlb-bpf", "--features", "bpf", "--target-dir"]);
+    cargo.args(["--package", "netlb-ebpf", "--bins", "--features", "bpf", "--target-dir"]);
     cargo.arg(artifacts::target_dir()?.join("lint/bpf")).args(["--", "-D", "warnings"]);
     cargo.current_dir(shell::workspace());
     Ok(Ok(cargo))

@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod bench;
+mod bpf;
 mod bpf_stats;
 mod ci;
 mod demo;
@@ -28,6 +30,7 @@ enum Xtask {
     Setup(setup::Setup),
     Doctor(doctor::Doctor),
     Demo(demo::Demo),
+    Bench(bench::Bench),
     Test(test::Test),
     Lint(lint::Lint),
     Ci(ci::Ci),
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Xtask::Setup(setup) => setup.run(),
         Xtask::Doctor(doctor) => doctor.run(),
         Xtask::Demo(demo) => demo.run(),
+        Xtask::Bench(bench) => bench.run(),
         Xtask::Test(test) => test.run(),
         Xtask::Lint(lint) => lint.run(),
         Xtask::Ci(ci) => ci.run(),

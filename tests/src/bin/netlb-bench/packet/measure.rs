@@ -1,0 +1,132 @@
+//! Rounds in which programs take turns.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::bed::Bed;
+use super::cases::{Case, Group, Traffic};
+use super::harness::{Harness, Target};
+use crate::report::{PacketRow, Spread};
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    rounds: usize,
+    /// Of each program in each round.
+    packets: u32,
+}
+
+/// Many short rounds rather than few long ones: on a busy machine, programs that take turns often have the same share of bad times.
+pub(crate) const QUICK: Effort = Effort { rounds: 11, packets: 1 << 15 };
+pub(crate) const FULL: Effort = Effort { rounds: 31, packets: 1 << 17 };
+/// New flows of a round: as many as leave room in the flow table. With those before them they are fewer than a case has.
+const NEW_FLOWS: u32 = 65_536;
+/// Of the packets of a round, so many go before them, to have code and data where they will be.
+const WARM_UP: u32 = 8;
+
+/// Measures a group's cases.
+pub(crate) fn group(harness: &mut Harness, group: &Group, effort: Effort) -> Result<Vec<PacketRow>> {
+    let mut beds: Vec<Bed> = Vec::new();
+    for case in group.sets.iter().copied().flatten() {
+        if !beds.iter().any(|bed| bed.size == case.size) {
+            beds.push(Bed::new(case.size)?);
+        }
+    }
+    let mut rows = Vec::new();
+    for set in group.sets {
+        rows.extend(measure(harness, &mut beds, set, effort)?);
+    }
+    Ok(rows)
+}
+
+/// A program in a case.
+struct Contender<'a> {
+    case: &'a Case,
+    target: Target,
+    /// Where it is one of netlb's.
+    bed: Option<usize>,
+    /// What a packet took in each round.
+    times: Vec<f64>,
+}
+
+fn measure(harness: &mut Harness, beds: &mut [Bed], cases: &[Case], effort: Effort) -> Result<Vec<PacketRow>> {
+    let mut contenders = Vec::new();
+    for case in cases {
+        let mut add = |targets: Vec<Target>, bed| {
+            contenders.extend(targets.into_iter().map(|target| Contender { case, target, bed, times: Vec::new() }));
+        };
+        add(harness.floors()?, None);
+        for (index, bed) in beds.iter_mut().enumerate().filter(|(_, bed)| bed.size == case.size) {
+            bed.open(case, harness)?;
+            add(bed.targets()?, Some(index));
+        }
+    }
+    let count = contenders.len();
+    for round in 0..effort.rounds {
+        for turn in 0..count {
+            let contender = &mut contenders[(turn + round) % count];
+            let bed = contender.bed.map(|index| &mut beds[index]);
+            let time = contender.run(harness, bed, effort, (round * count + turn) as u64);
+            let what = || format!("{}, {}", contender.case.name, contender.target.name);
+            contender.times.push(time.with_context(what)?);
+        }
+    }
+    rows(&contenders, effort)
+}
+
+impl Contender<'_> {
+    fn packets(&self, effort: Effort) -> u32 {
+        if self.case.traffic == Traffic::New { NEW_FLOWS } else { effort.packets }
+    }
+
+    /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows, not
+    /// those of the turn before.
+    fn run(&self, harness: &mut Harness, bed: Option<&mut Bed>, effort: Effort, seed: u64) -> Result<f64> {
+        let Self { case, target, .. } = self;
+        let count = self.packets(effort);
+        let bed = bed.map(|bed| {
+            if case.traffic == Traffic::New {
+                bed.flush();
+            }
+            &*bed
+        });
+        let packets = case.packets(seed);
+        harness.aim(target)?;
+        harness.plan(&packets)?;
+        let run = match bed {
+            None => harness.run(target.kind, &packets, count)?,
+            Some(bed) => {
+                harness.run(target.kind, &packets, count / WARM_UP)?;
+                let before = bed.counters();
+                let run = harness.run(target.kind, &packets, count)?;
+                bed.check(&before, case.traffic, count)?;
+                run
+            }
+        };
+        let verdict = target.verdict(case.traffic);
+        ensure!(run.verdict == verdict, "the verdict is {}, not {verdict}", run.verdict);
+        Ok(run.nanoseconds)
+    }
+}
+
+fn rows(contenders: &[Contender<'_>], effort: Effort) -> Result<Vec<PacketRow>> {
+    let spread = |contender: &Contender<'_>| Spread::of(contender.times.clone());
+    let row = |contender: &Contender<'_>| {
+        let Contender { case, target, .. } = contender;
+        let floor =
+            contenders.iter().find(|floor| floor.case.name == case.name && floor.target.name == target.kind.floor());
+        let floor = spread(floor.context("there is no floor")?).median;
+        let ns = spread(contender);
+        let net_ns = ns.median - floor;
+        Ok(PacketRow {
+            case: case.name.to_owned(),
+            target: target.name.to_owned(),
+            ns,
+            net_ns,
+            ratio_to_floor: net_ns / floor,
+            floor: target.kind.floor().to_owned(),
+            packets: contender.packets(effort),
+            instructions: Some(target.instructions),
+        })
+    };
+    contenders.iter().map(row).collect()
+}
