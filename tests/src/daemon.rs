@@ -5,6 +5,7 @@ use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Mutex;
@@ -20,7 +21,8 @@ use crate::run::Run;
 use crate::topology::Node;
 
 const BPFFS: &str = "/sys/fs/bpf";
-const START: Duration = Duration::from_secs(20);
+/// Enough for a hundred thousand services.
+const START: Duration = Duration::from_secs(60);
 const END: Duration = Duration::from_secs(10);
 
 /// How translated packets travel on.
@@ -235,6 +237,11 @@ impl Netlb {
         &self.config
     }
 
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id()
+    }
+
     pub fn bpffs(&self) -> &Path {
         &self.bpffs
     }
@@ -275,6 +282,10 @@ impl Netlb {
     fn wait_ready(&self) -> Result<()> {
         wait_until("netlb to be ready", START, || {
             self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner).check()?;
+            // Cheaper to ask than by a program, whose turns would take from the daemon's time.
+            if UnixStream::connect(&self.socket).is_err() {
+                return Ok(None);
+            }
             let status = self.cli(["status", "-o", "json"])?;
             Ok(status.status.success().then_some(()))
         })

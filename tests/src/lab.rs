@@ -386,7 +386,16 @@ pub fn make_network() -> Result<()> {
 
 /// Loads the programs and tells them about the two ways.
 pub fn load(forwarding: Forwarding, limits: &Limits) -> Result<Harness> {
-    let mut harness = Harness::new(limits, &Timeouts::default(), forwarding)?;
+    known(Harness::new(limits, &Timeouts::default(), forwarding)?)
+}
+
+/// The same with the programs of another object.
+pub fn load_object(object: &[u8], limits: &Limits) -> Result<Harness> {
+    known(Harness::of(object, limits, &Timeouts::default(), Forwarding::Fast)?)
+}
+
+/// Tells the programs of the interfaces.
+fn known(mut harness: Harness) -> Result<Harness> {
     for index in [CLIENTS, BACKENDS] {
         harness.set_interface(index, Interface { role: role::POD, ..Interface::default() })?;
     }

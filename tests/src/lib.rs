@@ -4,6 +4,7 @@
 //! is shared by the namespace tests (`tests/ns_*.rs`) and the demo. Whatever a testbed makes carries the id of the process that made
 //! it, and is gone after that process, however it ends: guards remove it, then a guardian process, then the next run's sweep.
 
+pub mod cgroup;
 pub mod clients;
 pub mod cluster;
 pub mod daemon;

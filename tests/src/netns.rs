@@ -29,9 +29,8 @@ impl Namespace {
     pub fn new(bed: u32, role: &str) -> Result<Self> {
         let name = format!("{}-{bed}-{role}", Run::current()?.id());
         Cmd::new("ip").args(["netns", "add", &name]).run()?.success()?;
-        let path = path(&name);
-        let file = File::open(&path).with_context(|| format!("failed to open {}", path.display()))?;
-        let namespace = Self { name, handle: Handle(Arc::new(file)) };
+        let handle = Handle::open(&name)?;
+        let namespace = Self { name, handle };
         // Addresses are usable at once, without duplicate address detection; nothing is learned from router advertisements.
         for (key, value) in [("accept_dad", "0"), ("accept_ra", "0"), ("router_solicitations", "0")] {
             namespace.sysctl(&format!("net/ipv6/conf/default/{key}"), value)?;
@@ -50,11 +49,7 @@ impl Namespace {
 
     /// Runs `work` inside the namespace. A socket made there stays there, whichever thread uses it later.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        thread::scope(|scope| {
-            let inside = scope.spawn(|| self.handle.enter_this_thread().map(|()| work()));
-            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-        .with_context(|| format!("failed to enter namespace {}", self.name))
+        self.handle.enter(work).with_context(|| format!("failed to enter namespace {}", self.name))
     }
 
     /// A command that will run inside the namespace.
@@ -89,6 +84,21 @@ impl Drop for Namespace {
 pub struct Handle(Arc<File>);
 
 impl Handle {
+    /// The namespace with this name.
+    pub fn open(name: &str) -> Result<Self> {
+        let path = path(name);
+        let file = File::open(&path).with_context(|| format!("failed to open {}", path.display()))?;
+        Ok(Self(Arc::new(file)))
+    }
+
+    /// As [`Namespace::enter`].
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| self.enter_this_thread().map(|()| work()));
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// Moves the calling thread into the namespace for the rest of its life.
     pub fn enter_this_thread(&self) -> io::Result<()> {
         setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from)

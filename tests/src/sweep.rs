@@ -1,7 +1,7 @@
 //! Removal of what runs left behind.
 //!
-//! Everything is found by name, so nothing has to be written down while a run goes: namespaces and bpffs directories carry the run's
-//! id, and its processes are those inside its namespaces.
+//! Everything is found by name, so nothing has to be written down while a run goes: namespaces, control groups and bpffs directories
+//! carry the run's id, and its processes are those inside its namespaces.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::cgroup;
 use crate::exec::{Cmd, wait_until};
 use crate::run::{RUNS, RunId};
 
@@ -55,6 +56,10 @@ pub fn remove(run: RunId) -> Result<Removed> {
         delete_namespace(namespace)?;
         removed.what.push(format!("namespace {}", file_name(namespace)));
     }
+    for group in cgroups(run)? {
+        cgroup::remove(&group)?;
+        removed.what.push(format!("cgroup {}", group.display()));
+    }
     for dir in named(BPFFS, run)?.into_iter().chain([run.dir()]) {
         match fs::remove_dir_all(&dir) {
             Ok(()) => removed.what.push(format!("directory {}", dir.display())),
@@ -93,10 +98,17 @@ pub(crate) fn delete_namespace(namespace: &Path) -> Result<()> {
 
 fn runs() -> Result<BTreeSet<RunId>> {
     let mut runs = BTreeSet::new();
-    for dir in [RUNS, NAMESPACES, BPFFS] {
+    let cgroups = cgroup::root()?;
+    let cgroups = cgroups.as_ref().and_then(|root| root.to_str());
+    for dir in [RUNS, NAMESPACES, BPFFS].into_iter().chain(cgroups) {
         runs.extend(entries(dir)?.iter().filter_map(|path| RunId::from_name(file_name(path))));
     }
     Ok(runs)
+}
+
+fn cgroups(run: RunId) -> Result<Vec<PathBuf>> {
+    let root = cgroup::root()?;
+    root.as_ref().and_then(|root| root.to_str()).map_or(Ok(Vec::new()), |root| named(root, run))
 }
 
 fn named(dir: &str, run: RunId) -> Result<Vec<PathBuf>> {

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::artifacts::Artifacts;
 use crate::{bpf, host, setup};
 
-/// Build netlb and measure it: its programs, packet by packet
+/// Build netlb and measure it: its programs packet by packet, real traffic beside other load balancers, loads and changes
 ///
 /// Ends with a table of the goals. A goal that is missed is no error.
 #[derive(Debug, clap::Args)]
@@ -19,7 +19,7 @@ pub(crate) struct Bench {
     #[arg(long)]
     quick: bool,
     /// Measure this part only
-    #[arg(long, value_name = "PART", value_parser = ["packet"])]
+    #[arg(long, value_name = "PART", value_parser = ["packet", "path", "control"])]
     only: Option<String>,
     /// Write the figures into this file
     #[arg(long, value_name = "FILE")]
@@ -37,9 +37,10 @@ impl Bench {
         self.setup.run()?;
         let artifacts = Artifacts::build()?;
         let harness = bpf::build("netlb-bench-bpf", &[], "bpf")?;
+        let lru = bpf::build("netlb-bpf", &["lru"], "bpf-lru")?;
         let program = artifacts.helper("netlb-bench");
         let mut bench = Command::new(&program);
-        bench.arg("--harness").arg(harness);
+        bench.arg("--harness").arg(harness).arg("--lru").arg(lru);
         if self.quick {
             bench.arg("--quick");
         }

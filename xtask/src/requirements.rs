@@ -38,12 +38,13 @@ enum Probe {
 }
 
 /// What tests and the demo run.
-pub(crate) const TOOLS: [Tool; 18] = [
+pub(crate) const TOOLS: [Tool; 19] = [
     Tool::program("iproute2", "ip"),
     Tool::program("bpftool", "bpftool"),
     Tool::program("curl", "curl"),
     Tool::program("dnsperf", "dnsperf"),
     Tool::program("ethtool", "ethtool"),
+    Tool::program("haproxy", "haproxy").service("haproxy"),
     Tool::program("iperf3", "iperf3"),
     Tool::program("iptables", "iptables"),
     Tool::program("jq", "jq"),

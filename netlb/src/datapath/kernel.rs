@@ -86,6 +86,7 @@ impl Datapath {
     fn open_in(pins: &Pins, config: &Config) -> anyhow::Result<Self> {
         let began = Instant::now();
         let options = Options {
+            object: load::OBJECT,
             limits: &config.limits,
             timeouts: &config.timeouts,
             snat: config.snat,

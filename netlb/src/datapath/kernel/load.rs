@@ -24,11 +24,13 @@ use super::{
 use crate::config::{Forwarding, Limits, LogLevel, Snat, Timeouts};
 
 /// Empty in a build without the BPF programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netlb-bpf"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netlb-bpf"));
 
 /// What the programs are loaded with.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Options<'a> {
+    /// The programs.
+    pub(super) object: &'a [u8],
     pub(super) limits: &'a Limits,
     pub(super) timeouts: &'a Timeouts,
     pub(super) snat: Snat,
@@ -113,7 +115,7 @@ fn load_into(
     directory: Option<&Path>,
     adopted: bool,
 ) -> anyhow::Result<Loaded> {
-    ensure!(!OBJECT.is_empty(), "this netlb was built without its BPF programs");
+    ensure!(!options.object.is_empty(), "this netlb was built without its BPF programs");
     ensure!(syscall::has_bpf(), "this kernel has no bpf(2); it needs CONFIG_BPF_SYSCALL");
     ensure!(
         aya::features().btf().is_some(),
@@ -140,7 +142,7 @@ fn load_into(
             loader.map_pin_path(spec.name, directory.join(spec.name));
         }
     }
-    let mut ebpf = loader.load(OBJECT).map_err(explain)?;
+    let mut ebpf = loader.load(options.object).map_err(explain)?;
     let mut memory = Memory(Vec::with_capacity(specs.len()));
     for spec in &specs {
         let map = ebpf.map(spec.name).with_context(|| format!("the BPF programs have no map {}", spec.name))?;

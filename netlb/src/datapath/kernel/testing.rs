@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd},
 };
 
+use anyhow::Context as _;
 use aya::{
     Ebpf,
     maps::{HashMap, MapData},
@@ -66,7 +67,13 @@ impl fmt::Debug for Harness {
 
 impl Harness {
     pub fn new(limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
-        let options = Options { limits, timeouts, snat: Snat::default(), forwarding, log: LogLevel::Off, xdp: true };
+        Self::of(load::OBJECT, limits, timeouts, forwarding)
+    }
+
+    /// The same with the programs of another object, which has the same maps.
+    pub fn of(object: &[u8], limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
+        let options =
+            Options { object, limits, timeouts, snat: Snat::default(), forwarding, log: LogLevel::Off, xdp: true };
         let mut loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps)?,
@@ -146,6 +153,16 @@ impl Harness {
 
     pub fn programmer_mut(&mut self) -> &mut Programmer<KernelMaps> {
         &mut self.programmer
+    }
+
+    /// Forgets the flows of a build whose flow table is the kernel's LRU hash.
+    pub fn clear_lru(&mut self) -> anyhow::Result<()> {
+        let map = self.ebpf.map_mut("FLOWS_LRU").context("this build has no FLOWS_LRU")?;
+        let mut map: HashMap<_, u64, [u64; 2]> = HashMap::try_from(map)?;
+        for key in map.keys().collect::<Result<Vec<_>, _>>()? {
+            map.remove(&key)?;
+        }
+        Ok(())
     }
 
     /// The flow table, to be looked at and to be aged.

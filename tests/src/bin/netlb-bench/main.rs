@@ -1,6 +1,10 @@
-//! How fast netlb is: its programs packet by packet, beside programs that do nothing and beside other tables.
+//! How fast netlb is: its programs packet by packet beside programs that do nothing and beside another table, real traffic beside other
+//! load balancers and none, and loads and changes of services.
 
+mod control;
+mod notes;
 mod packet;
+mod path;
 mod plot;
 mod report;
 
@@ -10,6 +14,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
+use netlb_integration::guardian;
 
 use crate::report::Report;
 
@@ -33,12 +38,19 @@ struct Args {
     /// The object with the harness programs
     #[arg(long, value_name = "FILE")]
     harness: PathBuf,
+    /// The object of netlb with an LRU hash for a flow table
+    #[arg(long, value_name = "FILE")]
+    lru: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Part {
     /// The programs, by BPF_PROG_TEST_RUN
     Packet,
+    /// Traffic of real sockets
+    Path,
+    /// Loading and changing services
+    Control,
 }
 
 /// What every part is told.
@@ -48,9 +60,14 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
     /// The object with the harness programs of the packet part.
     pub(crate) harness: PathBuf,
+    /// The object of netlb with an LRU hash for a flow table.
+    pub(crate) lru: PathBuf,
 }
 
 fn main() -> Result<()> {
+    if guardian::serve_if_asked()? || path::workload::serve_if_asked()? {
+        return Ok(());
+    }
     let args = Args::parse();
     if !nix::unistd::geteuid().is_root() {
         bail!("the bench makes network namespaces and loads programs into the kernel: run it as root");
@@ -65,13 +82,21 @@ fn main() -> Result<()> {
     });
     let json = json.transpose()?;
 
-    let options = Options { quick: args.quick, harness: args.harness };
+    let options = Options { quick: args.quick, harness: args.harness, lru: args.lru };
     let wants = |part| args.only.is_none_or(|only| only == part);
     let mut report = Report::default();
     let mut goals = Vec::new();
     if wants(Part::Packet) {
         report.packet = packet::run(&options)?;
         goals.extend(packet::goals(&report.packet));
+    }
+    if wants(Part::Path) {
+        report.path = path::run(&options)?;
+        goals.extend(path::goals(&report.path));
+    }
+    if wants(Part::Control) {
+        report.control = control::run(&options)?;
+        goals.extend(control::goals(&report.control));
     }
 
     if let Some((path, mut file)) = json {

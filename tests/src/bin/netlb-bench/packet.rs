@@ -26,11 +26,14 @@ pub(crate) fn run(options: &Options) -> Result<Vec<PacketRow>> {
     lab::make_network()?;
     let mut harness =
         harness::Harness::load(&options.harness).with_context(|| options.harness.display().to_string())?;
+    let lru = std::fs::read(&options.lru).with_context(|| options.lru.display().to_string())?;
     let effort = if options.quick { measure::QUICK } else { measure::FULL };
     let mut rows = Vec::new();
     for group in cases::GROUPS {
         progress(format_args!("packets: {}", group.what));
-        rows.extend(measure::group(&mut harness, group, effort).with_context(|| format!("packets: {}", group.what))?);
+        rows.extend(
+            measure::group(&mut harness, &lru, group, effort).with_context(|| format!("packets: {}", group.what))?,
+        );
     }
     Ok(rows)
 }

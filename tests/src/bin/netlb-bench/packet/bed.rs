@@ -6,6 +6,7 @@ use netlb::datapath::kernel::testing::{Harness as Netlb, Program};
 use netlb::dataplane::{Desired, FlowFilter};
 use netlb::model::Owner;
 use netlb_common::counters::Counter;
+use netlb_common::maps::{Interface, role};
 use netlb_integration::lab;
 
 use super::cases::{Case, Size, Traffic, services_of};
@@ -15,22 +16,39 @@ use super::harness::{Harness, Kind, Target};
 pub(crate) struct Bed {
     netlb: Netlb,
     pub(crate) size: Size,
+    /// Whether the flow table is the kernel's LRU hash.
+    is_lru: bool,
 }
+
+/// From XDP packets leave by both devices.
+const SENDS: Interface = Interface { role: role::POD, flags: Interface::XDP, pad: 0, master: 0 };
 
 impl Bed {
     pub(crate) fn new(size: Size) -> Result<Self> {
-        let mut netlb = lab::load(Forwarding::Fast, &size.limits)?;
+        Self::with(lab::load(Forwarding::Fast, &size.limits)?, size, false)
+    }
+
+    /// The same with the object whose flow table is the kernel's LRU hash.
+    pub(crate) fn with_lru(object: &[u8], size: Size) -> Result<Self> {
+        Self::with(lab::load_object(object, &size.limits)?, size, true)
+    }
+
+    fn with(mut netlb: Netlb, size: Size, is_lru: bool) -> Result<Self> {
+        for index in [lab::CLIENTS, lab::BACKENDS] {
+            netlb.set_interface(index, SENDS)?;
+        }
         let services = services_of(size).into_iter();
         let report = netlb
             .programmer_mut()
-            .apply(&Vec::from_iter(services.map(|service| Desired { service, owner: Owner::File })));
+            .apply(&Vec::from_iter(services.map(|service| Desired { service: service.into(), owner: Owner::File })));
         ensure!(report.failed.is_empty(), "{} services failed, the first: {:?}", report.failed.len(), report.failed[0]);
-        Ok(Self { netlb, size })
+        Ok(Self { netlb, size, is_lru })
     }
 
     /// The programs under test. They share maps, and so flows.
     pub(crate) fn targets(&self) -> Result<Vec<Target>> {
-        Ok(vec![self.tc()?])
+        let xdp = |name| Target::new(name, Kind::Xdp, self.netlb.descriptor(Program::Xdp)?);
+        if self.is_lru { Ok(vec![xdp("lru_variant")?]) } else { Ok(vec![xdp("netlb_xdp")?, self.tc()?]) }
     }
 
     fn tc(&self) -> Result<Target> {
@@ -39,7 +57,7 @@ impl Bed {
 
     /// Makes the flows of a case, and no others.
     pub(crate) fn open(&mut self, case: &Case, harness: &mut Harness) -> Result<()> {
-        self.flush();
+        self.flush()?;
         let flows = 1 << case.flows_log2;
         let openings = case.openings();
         let opener = self.tc()?;
@@ -50,12 +68,16 @@ impl Bed {
         }
         let made = self.netlb.programmer().count_flows(&FlowFilter::default());
         let wanted = if openings.is_empty() { 0 } else { u64::from(flows) };
-        ensure!(made == wanted, "{}: {made} flows instead of {wanted}", case.name);
+        ensure!(made == wanted || self.is_lru, "{}: {made} flows instead of {wanted}", case.name);
         Ok(())
     }
 
-    pub(crate) fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        if self.is_lru {
+            return self.netlb.clear_lru();
+        }
         self.netlb.programmer_mut().flush_flows(&FlowFilter::default());
+        Ok(())
     }
 
     /// All counters, to be compared with later ones.
@@ -69,7 +91,7 @@ impl Bed {
         for (counter, (before, now)) in Counter::ALL.iter().zip(before.iter().zip(self.counters())) {
             let count = now - before;
             match counter {
-                Counter::ToPeer | Counter::ToInterface | Counter::ToStack => sent += count,
+                Counter::ToPeer | Counter::ToInterface | Counter::ToStack | Counter::SentByXdp => sent += count,
                 Counter::FlowsCreated if traffic == Traffic::New => {
                     ensure!(count == u64::from(packets), "{count} flows of {packets} packets");
                 }

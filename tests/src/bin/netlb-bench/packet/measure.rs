@@ -24,11 +24,16 @@ const NEW_FLOWS: u32 = 65_536;
 const WARM_UP: u32 = 8;
 
 /// Measures a group's cases.
-pub(crate) fn group(harness: &mut Harness, group: &Group, effort: Effort) -> Result<Vec<PacketRow>> {
+///
+/// `lru` is the object with the kernel's LRU hash for a flow table: measured where there is one service only.
+pub(crate) fn group(harness: &mut Harness, lru: &[u8], group: &Group, effort: Effort) -> Result<Vec<PacketRow>> {
     let mut beds: Vec<Bed> = Vec::new();
     for case in group.sets.iter().copied().flatten() {
         if !beds.iter().any(|bed| bed.size == case.size) {
             beds.push(Bed::new(case.size)?);
+            if case.size.services == 1 {
+                beds.push(Bed::with_lru(lru, case.size).context("the variant with an LRU hash")?);
+            }
         }
     }
     let mut rows = Vec::new();
@@ -85,10 +90,11 @@ impl Contender<'_> {
         let count = self.packets(effort);
         let bed = bed.map(|bed| {
             if case.traffic == Traffic::New {
-                bed.flush();
+                bed.flush()?;
             }
-            &*bed
+            anyhow::Ok(&*bed)
         });
+        let bed = bed.transpose()?;
         let packets = case.packets(seed);
         harness.aim(target)?;
         harness.plan(&packets)?;

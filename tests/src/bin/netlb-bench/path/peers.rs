@@ -1,0 +1,134 @@
+//! The load balancers, and how each is set up on a site's node.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use netlb_integration::daemon::{self, Config, Forwarding, Netlb};
+use netlb_integration::exec::Process;
+
+use super::iptables::Variant;
+use super::services::{Service, measured};
+use super::site::Site;
+use super::workload::Traffic;
+use super::{haproxy, iptables, nftables};
+
+pub(crate) const NETLB_FAST: &str = "netlb fast";
+const LOAD_LIMIT: Duration = Duration::from_secs(150);
+
+/// A load balancer to be measured. Another one is another line in [`PEERS`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer {
+    pub(crate) name: &'static str,
+    /// Whether it takes part in a quick run.
+    pub(crate) quick: bool,
+    udp: bool,
+    reach: Reach,
+    set_up: fn(&Site, &[Service]) -> Result<Balancer>,
+}
+
+/// What clients connect to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Reach {
+    /// The backends themselves.
+    Backends,
+    Service,
+}
+
+/// The first is what all are compared with.
+pub(crate) const PEERS: &[Peer] = &[
+    Peer::new("direct", Reach::Backends, |_, _| Ok(Balancer::None)).quick(),
+    Peer::new("direct again", Reach::Backends, |_, _| Ok(Balancer::None)).quick(),
+    Peer::new("direct + conntrack", Reach::Backends, |site, _| {
+        nftables::load(site.node(), nftables::CONNECTION_TRACKING, LOAD_LIMIT)?;
+        Ok(Balancer::None)
+    }),
+    Peer::new("iptables-legacy", Reach::Service, |site, services| kube_iptables(Variant::Legacy, site, services)),
+    Peer::new("iptables-nft", Reach::Service, |site, services| kube_iptables(Variant::Nft, site, services)).quick(),
+    Peer::new("nftables", Reach::Service, |site, services| {
+        nftables::load(site.node(), &nftables::rules(services), LOAD_LIMIT)?;
+        Ok(Balancer::None)
+    })
+    .quick(),
+    Peer::new("haproxy", Reach::Service, |site, services| {
+        let process = haproxy::start(site.node(), services, site.core, LOAD_LIMIT)?;
+        site.cgroup.add(process.id())?;
+        Ok(Balancer::Proxy { _process: process })
+    })
+    .tcp_only(),
+    Peer::new(NETLB_FAST, Reach::Service, |site, services| netlb(Forwarding::Fast, site, services)).quick(),
+    Peer::new("netlb stack", Reach::Service, |site, services| netlb(Forwarding::Stack, site, services)),
+];
+
+impl Peer {
+    const fn new(name: &'static str, reach: Reach, set_up: fn(&Site, &[Service]) -> Result<Balancer>) -> Self {
+        Self { name, quick: false, udp: true, reach, set_up }
+    }
+
+    const fn quick(self) -> Self {
+        Self { quick: true, ..self }
+    }
+
+    const fn tcp_only(self) -> Self {
+        Self { udp: false, ..self }
+    }
+
+    pub(crate) fn set_up(&self, site: &Site, services: &[Service]) -> Result<Balancer> {
+        (self.set_up)(site, services).with_context(|| format!("failed to set up {}", self.name))
+    }
+
+    pub(crate) fn carries(&self, traffic: Traffic) -> bool {
+        self.udp || traffic.is_tcp()
+    }
+
+    pub(crate) fn targets(&self, site: &Site) -> Vec<SocketAddr> {
+        match self.reach {
+            Reach::Backends => site.backends(),
+            Reach::Service => vec![measured()],
+        }
+    }
+}
+
+/// What is to be kept as long as a peer is measured.
+#[derive(Debug)]
+pub(crate) enum Balancer {
+    /// Nothing, or rules that go with the node.
+    None,
+    Proxy {
+        _process: Process,
+    },
+    Netlb(Box<Netlb>),
+}
+
+impl Balancer {
+    /// Checks that it was this balancer that carried `operations`, each of which is a packet at least.
+    pub(crate) fn check(&self, operations: u64) -> Result<()> {
+        let Self::Netlb(netlb) = self else { return Ok(()) };
+        let services = netlb.items(["svc", "list"])?;
+        let measured =
+            services.iter().filter(|one| one["name"].as_str().is_some_and(|name| name.starts_with("measured")));
+        let packets: u64 = measured.filter_map(|service| service["packetsIn"].as_u64()).sum();
+        ensure!(packets >= operations, "netlb counts {packets} packets to the service after {operations} operations");
+        Ok(())
+    }
+}
+
+/// A configuration file's services.
+pub(crate) fn netlb_config(mut config: Config, services: &[Service]) -> Config {
+    for Service { name, frontend, protocol, backends } in services {
+        let frontend = format!("{frontend}/{}", protocol.name());
+        config = config.service(daemon::Service::new(name, frontend, backends.iter().copied()));
+    }
+    config
+}
+
+fn netlb(forwarding: Forwarding, site: &Site, services: &[Service]) -> Result<Balancer> {
+    let node = site.bed.node_a();
+    let netlb = Netlb::start(node, &netlb_config(Config::new(node, forwarding), services))?;
+    Ok(Balancer::Netlb(Box::new(netlb)))
+}
+
+fn kube_iptables(variant: Variant, site: &Site, services: &[Service]) -> Result<Balancer> {
+    iptables::load(variant, site.node(), &iptables::rules(services), LOAD_LIMIT)?;
+    Ok(Balancer::None)
+}
