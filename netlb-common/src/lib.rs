@@ -6,7 +6,7 @@
 #![no_std]
 // 64-bit compare-and-swap on a target whose `core` offers no atomics; see `atomic.rs`.
 #![cfg_attr(target_arch = "bpf", allow(internal_features))]
-#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, core_intrinsics))]
 
 #[cfg(test)]
 extern crate std;

@@ -555,6 +555,22 @@ impl Scan {
     }
 }
 
+/// The number of a slot, of which the compiler is to know nothing: it would write the loop out slot by slot, and keep more on the stack than
+/// a BPF program has.
+#[inline(always)]
+fn rolled(mut number: usize) -> usize {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: copies a register onto itself.
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) number, options(nomem, nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        number = core::hint::black_box(number);
+    }
+    number
+}
+
 /// Looks at one bucket for an insert.
 #[inline(always)]
 pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
@@ -562,7 +578,10 @@ pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin:
     let mut free = 0;
     let mut first = 0;
     let mut victim = Scan::FULL;
-    for (number, slot) in bucket.slots.iter().enumerate() {
+    let mut next = 0;
+    while let Some(slot) = bucket.slots.get(next) {
+        let number = next;
+        next = rolled(number + 1);
         let data = Data(slot.data.load());
         if is_free(storage, data, now) {
             if free == 0 {
@@ -636,8 +655,10 @@ pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my
     for choice in 0..CHOICES {
         let index = fingerprint.bucket(choice, storage.mask());
         let Some(bucket) = storage.bucket(index) else { break };
-        for (number, slot) in bucket.slots.iter().enumerate() {
-            let place = Place::new(index, number);
+        let mut next = 0;
+        while let Some(slot) = bucket.slots.get(next) {
+            let place = Place::new(index, next);
+            next = rolled(next + 1);
             if place == mine || slot.fingerprint.load() != fingerprint.0 {
                 continue;
             }
