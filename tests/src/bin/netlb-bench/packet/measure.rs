@@ -83,6 +83,13 @@ impl Contender<'_> {
         if self.case.traffic == Traffic::New { NEW_FLOWS } else { effort.packets }
     }
 
+    /// Packets before those that are timed: code and data shall be where they will be. And each of many flows shall have been heard of a
+    /// moment ago, as established ones are: what a flow's first packet in some seconds costs is another case.
+    fn warm_up(&self, count: u32) -> u32 {
+        let flows = 1 << self.case.flows_log2;
+        if self.case.traffic != Traffic::New && flows > count { flows } else { count / WARM_UP }
+    }
+
     /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows, not
     /// those of the turn before.
     fn run(&self, harness: &mut Harness, bed: Option<&mut Bed>, effort: Effort, seed: u64) -> Result<f64> {
@@ -101,7 +108,7 @@ impl Contender<'_> {
         let run = match bed {
             None => harness.run(target.kind, &packets, count)?,
             Some(bed) => {
-                harness.run(target.kind, &packets, count / WARM_UP)?;
+                harness.run(target.kind, &packets, self.warm_up(count))?;
                 let before = bed.counters();
                 let run = harness.run(target.kind, &packets, count)?;
                 bed.check(&before, case.traffic, count)?;
