@@ -32,6 +32,8 @@ mod netlink;
 
 /// What cannot be attached is tried again after this long.
 const RETRY: Duration = Duration::from_secs(3);
+/// Routes and neighbours that change together have flows ask for their ways once in this time at most.
+const REROUTE: Duration = Duration::from_millis(100);
 /// All interfaces are listed and looked after again this often, in case somebody took our programs off.
 const LIST: Duration = Duration::from_secs(60);
 
@@ -46,6 +48,8 @@ pub(crate) trait Hooks: Send {
     fn attach(&mut self, index: u32) -> io::Result<Attached>;
     /// Takes everything off an interface that may be gone.
     fn detach(&mut self, index: u32) -> io::Result<()>;
+    /// Has every flow ask routing for its way again.
+    fn forget_ways(&mut self);
 }
 
 /// Through what programs are attached.
@@ -153,10 +157,21 @@ async fn follow(
     for interval in [&mut retry, &mut relist] {
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
+    let mut rerouted = Instant::now();
+    let mut reroute_at = None;
     loop {
         tokio::select! {
             biased;
+            () = tokio::time::sleep_until(reroute_at.unwrap_or(rerouted)), if reroute_at.is_some() => {
+                follower.forget_ways();
+                (rerouted, reroute_at) = (Instant::now(), None);
+                continue;
+            }
             event = netlink.next() => match event {
+                Event::Rerouted => {
+                    reroute_at.get_or_insert(rerouted + REROUTE);
+                    continue;
+                }
                 Event::Changed(link) => {
                     let ask = follower.peers_of_changed(&link);
                     follower.change(link);
@@ -167,7 +182,10 @@ async fn follow(
                     follower.remove(index);
                     refresh(&mut follower, &netlink, ask).await;
                 }
-                Event::Lost => list(&mut follower, &mut netlink).await,
+                Event::Lost => {
+                    reroute_at.get_or_insert(rerouted + REROUTE);
+                    list(&mut follower, &mut netlink).await;
+                }
                 Event::Ended => {
                     tracing::error!("the kernel's messages about interfaces ended; asking again");
                     tokio::time::sleep(RETRY).await;

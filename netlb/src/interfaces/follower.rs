@@ -182,6 +182,11 @@ impl Follower {
         }
     }
 
+    /// Routes or neighbours have changed.
+    pub(super) fn forget_ways(&mut self) {
+        self.hooks.forget_ways();
+    }
+
     fn take_off(&mut self, index: u32) {
         self.matching.remove(&index);
         let detached = self.hooks.detach(index);

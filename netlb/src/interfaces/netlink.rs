@@ -1,7 +1,9 @@
 //! What the kernel says of its interfaces.
 
 use std::{
+    collections::HashMap,
     io,
+    net::IpAddr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
 };
 
@@ -12,6 +14,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
     },
     sys::AsyncSocket as _,
 };
@@ -22,11 +25,13 @@ use super::link::{Kind, Link};
 /// Room for news while we are busy: some thousand messages.
 static BUFFER: libc::c_int = 4 << 20;
 
-/// A change of the interfaces.
+/// A change of the interfaces, or of the ways through them.
 #[derive(Debug)]
 pub(super) enum Event {
     Changed(Link),
     Gone(u32),
+    /// Routes, or where neighbours are.
+    Rerouted,
     /// There were more changes than the socket had room for.
     Lost,
     /// There will be no more events.
@@ -37,6 +42,7 @@ pub(super) enum Event {
 pub(super) struct Netlink {
     news: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
     requests: Handle,
+    neighbours: Neighbours,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -51,13 +57,23 @@ impl Drop for Netlink {
 impl Netlink {
     /// Has to be called within the runtime. From here on no change is missed.
     pub(super) fn open() -> io::Result<Self> {
-        let (mut listening, _, news) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
+        let (mut listening, _, news) = rtnetlink::new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ])?;
         if let Err(error) = enlarge(listening.socket_mut().socket_mut().as_fd()) {
             tracing::debug!("cannot enlarge the buffer for news of interfaces: {error}");
         }
         let (asking, requests, _) = rtnetlink::new_connection()?;
         let news = news.map(|(message, _)| message).boxed();
-        Ok(Self { news, requests, tasks: [tokio::spawn(listening), tokio::spawn(asking)] })
+        Ok(Self {
+            news,
+            requests,
+            neighbours: Neighbours::default(),
+            tasks: [tokio::spawn(listening), tokio::spawn(asking)],
+        })
     }
 
     /// Waits for the next change.
@@ -72,6 +88,19 @@ impl Netlink {
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message)) if is_whole(&message) => {
                     return Event::Gone(message.header.index);
+                }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)) => {
+                    return Event::Rerouted;
+                }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message))
+                    if self.neighbours.has_moved(&message) =>
+                {
+                    return Event::Rerouted;
+                }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message))
+                    if self.neighbours.is_gone(&message) =>
+                {
+                    return Event::Rerouted;
                 }
                 NetlinkPayload::Overrun(_) => return Event::Lost,
                 _ => {}
@@ -92,6 +121,39 @@ impl Netlink {
         let message = messages.try_next().await.map_err(io::Error::other)?;
         Ok(message.as_ref().and_then(read))
     }
+}
+
+/// Where neighbours are, as far as the kernel told. It tells as well when it looks whether they are there still, which is often.
+#[derive(Debug, Default)]
+struct Neighbours(HashMap<(u32, IpAddr), Vec<u8>>);
+
+impl Neighbours {
+    /// Whether a neighbour was somewhere else before.
+    fn has_moved(&mut self, message: &NeighbourMessage) -> bool {
+        let Some(key) = key(message) else { return false };
+        let address = message.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(address) => Some(address.clone()),
+            _ => None,
+        });
+        match address {
+            Some(address) => self.0.insert(key, address.clone()).is_some_and(|before| before != address),
+            None => self.0.remove(&key).is_some(),
+        }
+    }
+
+    fn is_gone(&mut self, message: &NeighbourMessage) -> bool {
+        key(message).is_some_and(|key| self.0.remove(&key).is_some())
+    }
+}
+
+/// Whom a message is about. None if that is what a bridge has learnt.
+fn key(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::from(*address)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+        _ => None,
+    });
+    Some((message.header.ifindex, address?))
 }
 
 /// Makes a socket's receive buffer larger than net.core.rmem_max allows those without privileges.
@@ -180,6 +242,27 @@ mod tests {
             peer_is_elsewhere: true,
         };
         assert_eq!(link, Some(expected));
+    }
+
+    #[test]
+    fn a_neighbour_moves_only_to_another_address() {
+        let message = |address: Option<[u8; 6]>| {
+            let mut message = NeighbourMessage::default();
+            message.header.ifindex = 3;
+            message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet([10, 0, 0, 1].into())));
+            message.attributes.extend(address.map(|address| NeighbourAttribute::LinkLayerAddress(address.to_vec())));
+            message
+        };
+        let (here, there) = (message(Some([2, 0, 0, 0, 0, 1])), message(Some([2, 0, 0, 0, 0, 2])));
+        let mut neighbours = Neighbours::default();
+        assert!(!neighbours.has_moved(&here), "nobody knew it before");
+        assert!(!neighbours.has_moved(&here));
+        assert!(neighbours.has_moved(&there));
+        assert!(neighbours.has_moved(&message(None)), "it is nowhere now");
+        assert!(!neighbours.is_gone(&there));
+        neighbours.has_moved(&here);
+        assert!(neighbours.is_gone(&here));
+        assert!(!neighbours.has_moved(&NeighbourMessage::default()), "what a bridge has learnt");
     }
 
     #[test]

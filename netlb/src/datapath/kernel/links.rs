@@ -7,12 +7,16 @@ use aya::{
     Ebpf,
     maps::{HashMap, MapData},
 };
-use netlb_common::maps::{Interface, role};
+use netlb_common::{
+    hop::{self, Hop},
+    maps::{Interface, role},
+};
 
 use super::{
     clsact::Clsact,
     load::{Program, program_name},
-    maps::{io_error, take_hash},
+    mapping::Mapping,
+    maps::{io_error, take_hash, take_mapped},
     pins::{Pins, ignore_missing},
     syscall::{self, Direction, Order, XdpMode},
 };
@@ -25,6 +29,7 @@ use crate::{
 pub(super) struct Attacher {
     pins: Pins,
     interfaces: HashMap<MapData, u32, Interface>,
+    hops: Mapping<Hop>,
     ingress: Program,
     egress: Program,
     way: Way,
@@ -59,6 +64,7 @@ impl Attacher {
         Ok(Self {
             pins,
             interfaces: take_hash(ebpf, "INTERFACES")?,
+            hops: take_mapped(ebpf, "HOPS", hop::COUNT)?,
             ingress: Program::new(ebpf, Direction::Ingress)?,
             egress: Program::new(ebpf, Direction::Egress)?,
             way,
@@ -221,6 +227,10 @@ impl Hooks for Attacher {
 
     fn detach(&mut self, index: u32) -> io::Result<()> {
         detach(&self.pins, index)
+    }
+
+    fn forget_ways(&mut self) {
+        (0..hop::COUNT).for_each(|index| self.hops.at(index).forget());
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 };
 
 use netlb_common::{
+    hop::Hop,
     maps::{Backend, Config, Frontend, Tally},
     table::{Bucket, Record},
 };
@@ -34,6 +35,8 @@ unsafe impl Shared for Bucket {}
 unsafe impl Shared for Record {}
 // SAFETY: as above.
 unsafe impl Shared for Tally {}
+// SAFETY: as above.
+unsafe impl Shared for Hop {}
 
 /// An element that is copied in and out.
 ///

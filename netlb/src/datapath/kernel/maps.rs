@@ -104,7 +104,7 @@ pub(super) fn take_per_cpu<V: Pod>(ebpf: &mut Ebpf, name: &str) -> io::Result<Pe
 }
 
 /// Maps an array into memory. The mapping keeps the map.
-fn take_mapped<T>(ebpf: &mut Ebpf, name: &str, len: u32) -> io::Result<Mapping<T>> {
+pub(super) fn take_mapped<T>(ebpf: &mut Ebpf, name: &str, len: u32) -> io::Result<Mapping<T>> {
     let Map::Array(map) = take(ebpf, name)? else {
         return Err(io::Error::other(format!("map {name} is not an array")));
     };

@@ -67,6 +67,10 @@ impl Hooks for Kernel {
         Ok(Attached { hook: "tcx", problem: None })
     }
 
+    fn forget_ways(&mut self) {
+        self.0.lock().unwrap().log.push("forget ways".to_owned());
+    }
+
     fn detach(&mut self, index: u32) -> io::Result<()> {
         let mut state = self.0.lock().unwrap();
         state.log.push(format!("detach {index}"));
