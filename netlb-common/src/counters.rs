@@ -48,6 +48,8 @@ counters! {
     Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
     RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
+    SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
+    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
 }
 
 impl Counter {

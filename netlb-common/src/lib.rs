@@ -22,6 +22,7 @@ pub mod flow;
 pub mod hop;
 pub mod maps;
 pub mod select;
+pub mod socket;
 pub mod table;
 #[cfg(test)]
 mod testing;

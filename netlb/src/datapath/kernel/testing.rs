@@ -23,7 +23,7 @@ use super::{
     syscall::Direction,
 };
 use crate::{
-    config::{Forwarding, Limits, LogLevel, Timeouts},
+    config::{Forwarding, Limits, LogLevel, SocketScope, Timeouts},
     datapath::{Maps as _, Programmer},
 };
 
@@ -66,7 +66,8 @@ impl fmt::Debug for Harness {
 
 impl Harness {
     pub fn new(limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
-        let options = Options { limits, timeouts, forwarding, log: LogLevel::Off, xdp: true };
+        let options =
+            Options { limits, timeouts, forwarding, log: LogLevel::Off, xdp: true, sockets: SocketScope::Off };
         let mut loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps)?,
