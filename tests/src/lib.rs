@@ -4,6 +4,7 @@
 //! is shared by the namespace tests (`tests/ns_*.rs`) and the demo. Whatever a testbed makes carries the id of the process that made
 //! it, and is gone after that process, however it ends: guards remove it, then a guardian process, then the next run's sweep.
 
+pub mod cgroup;
 pub mod clients;
 pub mod cluster;
 pub mod daemon;
@@ -15,6 +16,7 @@ pub mod load;
 pub mod netns;
 pub mod run;
 pub mod servers;
+pub mod sockets;
 pub mod sweep;
 pub mod testing;
 pub mod topology;
