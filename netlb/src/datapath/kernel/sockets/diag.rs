@@ -79,7 +79,8 @@ impl Diag {
         Ok(sockets)
     }
 
-    /// Destroys a socket: its process's next call fails with ECONNABORTED, and it is not connected any more.
+    /// Destroys a socket: it is not connected any more. Its process's next send fails with EDESTADDRREQ, a read, also one that waits, with
+    /// ECONNABORTED.
     pub(super) fn destroy(&mut self, socket: &Connected) -> io::Result<()> {
         let request = request(socket.family, CONNECTED, &socket.id);
         match self.request(SOCK_DESTROY, NLM_F_ACK, &request) {

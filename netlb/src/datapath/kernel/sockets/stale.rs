@@ -20,6 +20,7 @@ use std::{
 use anyhow::Context as _;
 use aya::maps::{Array, HashMap, Map, MapData};
 use netlb_common::{
+    addr::{Addr, PortBe},
     maps::{Backend, Config, ConfigRef, Counterpart, EndpointKey, SocketKey},
     wire::udp,
 };
@@ -98,8 +99,8 @@ fn look(records: &Records, scope: SocketScope) -> anyhow::Result<()> {
         return look_here(records);
     }
     let own = File::open(OWN_NAMESPACE).context("cannot open this network namespace")?;
-    let mut looked = Ok(());
-    for namespace in namespaces().context("cannot list processes")? {
+    let (namespaces, mut looked) = namespaces();
+    for namespace in namespaces {
         let entered = setns(&namespace, CloneFlags::CLONE_NEWNET)
             .context("cannot enter another network namespace (CAP_SYS_ADMIN)")
             .and_then(|()| look_here(records));
@@ -109,24 +110,30 @@ fn look(records: &Records, scope: SocketScope) -> anyhow::Result<()> {
     looked
 }
 
-/// The network namespaces of all processes.
-fn namespaces() -> io::Result<Vec<File>> {
+/// The network namespaces of all processes, those that can be opened, and whether that is all.
+fn namespaces() -> (Vec<File>, anyhow::Result<()>) {
     let mut seen = HashSet::new();
     let mut namespaces = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let is_process =
-            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<u32>().is_ok());
-        // A process may end at any time, and a kernel thread or another user's process may not be looked at.
-        if is_process
-            && let Ok(namespace) = File::open(path.join("ns/net"))
-            && let Ok(metadata) = namespace.metadata()
-            && seen.insert((metadata.dev(), metadata.ino()))
-        {
-            namespaces.push(namespace);
+    let mut all = Ok(());
+    let processes = match fs::read_dir("/proc") {
+        Ok(entries) => entries,
+        Err(error) => return (namespaces, Err(error).context("cannot list processes")),
+    };
+    for path in processes.filter_map(Result::ok).map(|entry| entry.path()) {
+        if path.file_name().and_then(|name| name.to_str()).is_none_or(|name| name.parse::<u32>().is_err()) {
+            continue;
+        }
+        // Files are kept open, so that what was seen is not another's by now.
+        match File::open(path.join("ns/net")).and_then(|file| file.metadata().map(|metadata| (file, metadata))) {
+            Ok((namespace, metadata)) if seen.insert((metadata.dev(), metadata.ino())) => namespaces.push(namespace),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                all = Err(error).context("cannot open another process's network namespace (CAP_SYS_PTRACE)");
+            }
+            // Seen before; or the process has ended meanwhile.
+            _ => {}
         }
     }
-    Ok(namespaces)
+    (namespaces, all)
 }
 
 fn look_here(records: &Records) -> anyhow::Result<()> {
@@ -164,7 +171,7 @@ impl Records {
         let key = SocketKey::new(socket.cookie, socket.peer, socket.port, SocketKey::BACKEND);
         let Ok(shown) = self.sockets.get(&key, 0) else { return false };
         let Ok(backend) = self.backends.get(&shown.backend, 0) else { return false };
-        is_to_leave(socket, &backend, self.config(&shown).as_ref())
+        is_to_leave((socket.peer, socket.port), &backend, self.config(&shown).as_ref())
     }
 
     /// The record in force for a frontend.
@@ -178,8 +185,33 @@ impl Records {
 
 /// Whether a socket is to leave its backend: if that serves no more, and its service is gone or has others. A service with no backend at
 /// all cuts nothing.
-fn is_to_leave(socket: &Connected, backend: &Backend, config: Option<&Config>) -> bool {
-    let is_it = backend.addr == socket.peer && backend.port == socket.port && backend.protocol == udp::PROTOCOL;
+fn is_to_leave((addr, port): (Addr, PortBe), backend: &Backend, config: Option<&Config>) -> bool {
+    let is_it = backend.addr == addr && backend.port == port && backend.protocol == udp::PROTOCOL;
     let serves = is_it && backend.flags & Backend::SERVING != 0;
     !serves && config.is_none_or(|config| config.ring_len != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_leaves_what_serves_no_more_unless_there_is_nowhere_to_go() {
+        let (addr, port) = (Addr::from_v4([10, 244, 1, 2]), PortBe::new(53));
+        let is_left = |backend: Backend, config: Option<u32>| {
+            let config = config.map(|ring_len| Config { ring_len, ..Config::default() });
+            is_to_leave((addr, port), &backend, config.as_ref())
+        };
+        let serving =
+            Backend { addr, port, protocol: udp::PROTOCOL, flags: Backend::SERVING, service: 1, ..Backend::default() };
+        for config in [None, Some(0), Some(251)] {
+            assert!(!is_left(serving, config), "it drains or takes new flows");
+        }
+        let other = Backend { addr: Addr::from_v4([10, 244, 1, 3]), ..serving };
+        for gone in [Backend { flags: 0, ..serving }, other] {
+            assert!(is_left(gone, Some(251)), "the service has others");
+            assert!(is_left(gone, None), "the service is gone");
+            assert!(!is_left(gone, Some(0)), "the service has no backend at all");
+        }
+    }
 }
