@@ -324,6 +324,14 @@ fn sockets_live_through_restarts_and_programs_are_swapped_without_a_gap() -> Tes
     let (connects, failed) = load.join().map_err(|_| "the load panicked")??;
     assert!(connects > 100 && failed == 0, "{failed} of {connects} connections failed");
 
+    let config = fs::read_to_string(bed.netlb.config())?;
+    for (scope, attached) in [("off", 0), ("all", 8)] {
+        bed.netlb.stop()?;
+        fs::write(bed.netlb.config(), config.replace("\"node\"", &format!("{scope:?}")))?;
+        bed.netlb.restart(bed.bed.node_a())?;
+        assert_eq!(bed.attached()?.len(), attached, "with scope {scope}");
+    }
+
     bed.netlb.stop()?;
     bed.netlb.cleanup()?.success()?;
     assert_eq!(bed.attached()?, [], "after `netlb cleanup`");
