@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Backends a new flow is offered to before it is refused.
-const OFFERS: u32 = 4;
+pub(crate) const OFFERS: u32 = 4;
 /// Backends that a segment in mid-connection is looked for at, beginning with the one the ring names: with Maglev that is nearly always
 /// the one, otherwise it may be any.
 const SEARCHED_MAGLEV: u32 = 8;
@@ -388,22 +388,8 @@ pub fn select<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Look
         return Selection::NONE;
     }
     let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
-    let Some(reference) = tables.config_ref(&key) else { return Selection::NONE };
-    let Some(config) = tables.config(reference.index()) else { return Selection::NONE };
-    // A hash element is reused at once, so what it said may be another service's by now.
-    if config.generation != reference.generation() || config.key != key {
-        return Selection::NONE;
-    }
-    if config.ring_len == 0 {
-        return Selection::NOBODY;
-    }
-    let slot = match config.algorithm {
-        algorithm::RANDOM => select::slot(tables.random(), config.ring_len),
-        algorithm::ROUND_ROBIN => select::turn(tables.turn(config.service), config.ring_len),
-        _ => select::slot(select::hash(tuple), config.ring_len),
-    };
-    let Some(chosen) = tables.ring(config.ring.wrapping_add(slot)) else { return Selection::NOBODY };
-    let chosen = chosen as u32;
+    let Some((index, config)) = in_force(&tables, &key) else { return Selection::NONE };
+    let Some(chosen) = first_member(tables, config, || select::hash(tuple)) else { return Selection::NOBODY };
     // In mid-connection: the table lost this direction, but perhaps not the other.
     if !packet.segment.is_datagram() && !packet.segment.is_syn() {
         let most = if config.algorithm == algorithm::MAGLEV { SEARCHED_MAGLEV } else { SEARCHED };
@@ -416,16 +402,42 @@ pub fn select<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Look
             let twin = Translation::<A>::to_backend(backend, false).twin(tuple);
             let data = tables.probe(tables.hash_key().fingerprint(&twin), lookup.now);
             if data != Data::NONE && data.direction() == Direction::Reply && data.id() == config.frontend {
-                return Selection::new(reference.index(), member, true);
+                return Selection::new(index, member, true);
             }
         }
     }
-    Selection::new(reference.index(), chosen, false)
+    Selection::new(index, chosen, false)
+}
+
+/// The record in force for an address, port and protocol, and its index.
+#[inline(always)]
+pub(crate) fn in_force<'a>(tables: &'a impl Tables, key: &EndpointKey) -> Option<(u32, &'a Config)> {
+    let reference = tables.config_ref(key)?;
+    let config = tables.config(reference.index())?;
+    // A hash element is reused at once, so what it said may be another service's by now.
+    if config.generation != reference.generation() || config.key != *key {
+        return None;
+    }
+    Some((reference.index(), config))
+}
+
+/// The member that a new flow is offered to first; none where no backend takes any. `hash` is what Maglev goes by.
+#[inline(always)]
+pub(crate) fn first_member(tables: impl Tables, config: &Config, hash: impl FnOnce() -> u32) -> Option<u32> {
+    if config.ring_len == 0 {
+        return None;
+    }
+    let slot = match config.algorithm {
+        algorithm::RANDOM => select::slot(tables.random(), config.ring_len),
+        algorithm::ROUND_ROBIN => select::turn(tables.turn(config.service), config.ring_len),
+        _ => select::slot(hash(), config.ring_len),
+    };
+    tables.ring(config.ring.wrapping_add(slot)).map(u32::from)
 }
 
 /// The id of a service's member; they are counted round and round.
 #[inline(always)]
-fn member_id(tables: impl Tables, config: &Config, member: u32) -> Option<u32> {
+pub(crate) fn member_id(tables: impl Tables, config: &Config, member: u32) -> Option<u32> {
     let members = NonZeroU32::new(config.members_len)?;
     tables.member(config.members.wrapping_add(member % members))
 }

@@ -49,6 +49,8 @@ counters! {
     SnatExhausted "snat_exhausted" "new connections dropped because every port tried of the node's address is taken at their backend",
     SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
+    SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
+    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
 }
 
 impl Counter {

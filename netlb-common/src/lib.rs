@@ -23,6 +23,7 @@ pub mod hop;
 pub mod maps;
 pub mod select;
 pub mod snat;
+pub mod socket;
 pub mod table;
 #[cfg(test)]
 mod testing;
@@ -30,4 +31,4 @@ pub mod time;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;

@@ -201,6 +201,43 @@ pub mod role {
     pub const BRIDGE: u8 = 3;
 }
 
+/// Key of `SOCKETS`: a socket, and an end that it talks to.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct SocketKey {
+    /// The kernel's name for the socket, never used again.
+    pub cookie: u64,
+    pub addr: Addr,
+    pub port: PortBe,
+    /// One of [`SocketKey::FRONTEND`] and [`SocketKey::BACKEND`].
+    pub end: u8,
+    pub pad: [u8; 5],
+}
+
+impl SocketKey {
+    /// The end is a frontend, as the process names it: the value is the backend in its place.
+    pub const FRONTEND: u8 = 0;
+    /// The end is a backend, as the kernel knows it: the value is the frontend that the process is shown.
+    pub const BACKEND: u8 = 1;
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(cookie: u64, addr: Addr, port: PortBe, end: u8) -> Self {
+        Self { cookie, addr, port, end, pad: [0; 5] }
+    }
+}
+
+/// Value of `SOCKETS`: what stands for the key's end on the other side of the hooks.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Counterpart {
+    pub addr: Addr,
+    pub port: PortBe,
+    pub pad: u16,
+    /// The backend's index in `BACKENDS`, for both ends. It may have become another's since.
+    pub backend: u32,
+}
+
 /// The only element of `META`: what a daemon must know of pinned maps before it adopts them.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
@@ -233,6 +270,17 @@ pub struct Settings {
     pub pad: u32,
 }
 
+/// Constants of the socket hooks, set when they are loaded.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct SocketSettings {
+    /// The cookie of the network namespace whose sockets are served; 0 for all.
+    pub namespace: u64,
+    /// Whether the kernel lets a program choose the error of a call (since 5.18).
+    pub chooses_errors: u32,
+    pub pad: u32,
+}
+
 /// How translated packets leave.
 pub mod forwarding {
     /// Redirected to the interface of their next hop.
@@ -260,6 +308,9 @@ const _: () = {
     assert!(size_of::<Owners>() == 32);
     assert!(size_of::<ServiceStats>() == 40);
     assert!(size_of::<Interface>() == 8);
+    assert!(size_of::<SocketKey>() == 32);
+    assert!(size_of::<Counterpart>() == 24);
+    assert!(size_of::<SocketSettings>() == 16);
     assert!(size_of::<Meta>() == 48);
     assert!(size_of::<Settings>() == 120);
 };
@@ -275,5 +326,18 @@ mod pod {
             $(unsafe impl aya::Pod for $type {})+
         };
     }
-    pod!(EndpointKey, ConfigRef, Owners, ServiceStats, Interface, Meta, Settings);
+    pod!(
+        EndpointKey,
+        ConfigRef,
+        Config,
+        Backend,
+        Owners,
+        ServiceStats,
+        Interface,
+        SocketKey,
+        Counterpart,
+        Meta,
+        Settings,
+        SocketSettings
+    );
 }

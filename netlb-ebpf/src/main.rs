@@ -11,16 +11,18 @@ mod frame;
 mod maps;
 mod pipeline;
 mod rewrite;
+mod socket;
 mod subprograms;
 mod tc;
 mod too_big;
 mod xdp;
 
 use aya_ebpf::{
-    macros::{classifier, xdp},
-    programs::{TcContext, XdpContext},
+    macros::{cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, TcContext, XdpContext},
 };
 use frame::{Skb, Xdp};
+use netlb_common::addr::{Ipv4Be, Ipv6Be};
 
 /// `TCX_NEXT`, and `TC_ACT_UNSPEC` for clsact: the packet goes on to the next program of the interface, or up.
 const NEXT: i32 = -1;
@@ -42,6 +44,50 @@ pub(crate) fn netlb_egress(ctx: TcContext) -> i32 {
 #[xdp]
 pub(crate) fn netlb_xdp(ctx: XdpContext) -> u32 {
     xdp::receive(&Xdp::new(ctx.ctx)) as u32
+}
+
+/// A process connects a socket.
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn netlb_connect4(ctx: SockAddrContext) -> i32 {
+    socket::connect::<Ipv4Be>(&ctx)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn netlb_connect6(ctx: SockAddrContext) -> i32 {
+    socket::connect::<Ipv6Be>(&ctx)
+}
+
+/// A process sends a datagram to an address.
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn netlb_sendmsg4(ctx: SockAddrContext) -> i32 {
+    socket::send::<Ipv4Be>(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn netlb_sendmsg6(ctx: SockAddrContext) -> i32 {
+    socket::send::<Ipv6Be>(&ctx)
+}
+
+/// A process asks who sent a datagram.
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn netlb_recvmsg4(ctx: SockAddrContext) -> i32 {
+    socket::show_peer::<Ipv4Be>(&ctx)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn netlb_recvmsg6(ctx: SockAddrContext) -> i32 {
+    socket::show_peer::<Ipv6Be>(&ctx)
+}
+
+/// A process asks whom a socket is connected to.
+#[cgroup_sock_addr(getpeername4)]
+pub(crate) fn netlb_getpeername4(ctx: SockAddrContext) -> i32 {
+    socket::show_peer::<Ipv4Be>(&ctx)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn netlb_getpeername6(ctx: SockAddrContext) -> i32 {
+    socket::show_peer::<Ipv6Be>(&ctx)
 }
 
 /// Never reached: the build refuses an object that can panic.

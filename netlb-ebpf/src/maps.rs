@@ -4,22 +4,24 @@ use core::ptr::{self, addr_of};
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
 use netlb_common::{
     addr::{Addr, Ipv6Be},
+    atomic::Word,
     balance::{Lookup, Tables, Translation},
     conntrack::State,
     counters::Counter,
     flow::{Family, HashKey, Parsed},
     hop::{self, Hop, Way},
     maps::{
-        Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
-        Settings, Tally,
+        Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine,
+        ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
     snat::{self, Ports, Source},
+    socket,
     table::{Bucket, New, Place, Record, Storage},
     time::Ticks,
 };
@@ -61,6 +63,8 @@ static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
 static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static SNAT_ADDRESSES: Array<Source, { snat::ADDRESSES as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static SOCKETS: LruHashMap<SocketKey, Counterpart, 1> = LruHashMap::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -165,7 +169,7 @@ pub(crate) fn stage(new: New) -> Option<*const New> {
 
 /// Set by the loader. Frozen when the programs are verified, which lets the verifier drop the branches it rules out.
 #[unsafe(no_mangle)]
-static SETTINGS: Constant = Constant(Settings {
+static SETTINGS: Constant<Settings> = Constant(Settings {
     hash_key: HashKey::ZERO,
     flow_mask: 0,
     filter_bits_log2: 15,
@@ -176,11 +180,19 @@ static SETTINGS: Constant = Constant(Settings {
     pad: 0,
 });
 
+/// The same for the socket hooks.
+#[unsafe(no_mangle)]
+static SOCKET_SETTINGS: Constant<SocketSettings> = Constant(SocketSettings { namespace: 0, chooses_errors: 0, pad: 0 });
+
 #[repr(transparent)]
-struct Constant(Settings);
+struct Constant<T>(T);
 
 /// Reads a constant as the loader set it, not as the compiler sees it.
 macro_rules! setting {
+    (socket.$($field:tt)+) => {
+        // SAFETY: the field is there and initialised.
+        unsafe { ptr::read_volatile(addr_of!(SOCKET_SETTINGS.0.$($field)+)) }
+    };
     ($($field:tt)+) => {
         // SAFETY: the field is there and initialised.
         unsafe { ptr::read_volatile(addr_of!(SETTINGS.0.$($field)+)) }
@@ -197,6 +209,18 @@ pub(crate) fn forwarding() -> u32 {
 #[inline(always)]
 pub(crate) fn log_level() -> u32 {
     setting!(log_level)
+}
+
+/// The cookie of the network namespace whose sockets are served; 0 for all.
+#[inline(always)]
+pub(crate) fn served_namespace() -> u64 {
+    setting!(socket.namespace)
+}
+
+/// Whether a program can choose the error of a call.
+#[inline(always)]
+pub(crate) fn chooses_errors() -> bool {
+    setting!(socket.chooses_errors) != 0
 }
 
 /// The time, in the flow table's unit.
@@ -252,6 +276,49 @@ pub(crate) fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: this CPU's element.
         unsafe { *value += 1 };
+    }
+}
+
+/// The kernel's map of sockets.
+pub(crate) struct Sockets;
+
+impl socket::Sockets for Sockets {
+    #[inline(always)]
+    fn get(&self, key: &SocketKey) -> Option<Counterpart> {
+        // SAFETY: copied at once. An entry evicted meanwhile may show another socket's, as a wrong one only to two threads that race.
+        unsafe { SOCKETS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set(&self, key: &SocketKey, value: &Counterpart) {
+        // It fails only where this CPU is amid a change of the map already. Losing an entry is allowed.
+        let _ = SOCKETS.insert(key, value, 0);
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: &SocketKey) {
+        let _ = SOCKETS.remove(key);
+    }
+
+    #[inline(always)]
+    fn count(&self, service: u32, backend: u32) {
+        count_call(Counter::SocketsBalanced);
+        if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+            // SAFETY: within the element, and aligned.
+            unsafe { &*(&raw const (*stats).flows).cast::<Word>() }.add(1);
+        }
+        if let Some(flows) = BACKEND_STATS.get(backend) {
+            flows.0.add(1);
+        }
+    }
+}
+
+/// Counts what a process did. Packets may interrupt this on the same CPU, and so may another process, hence one instruction.
+#[inline(always)]
+pub(crate) fn count_call(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: this element, and aligned.
+        unsafe { &*value.cast::<Word>() }.add(1);
     }
 }
 

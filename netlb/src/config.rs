@@ -21,7 +21,10 @@ pub use self::{
     diagnostic::Diagnostic,
     duration::{format_duration, parse_duration},
     glob::Glob,
-    sections::{Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, Snat, TcxOrder, Timeouts, Xdp},
+    sections::{
+        Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, Snat, Socket, SocketScope, TcxOrder, Timeouts,
+        Xdp,
+    },
 };
 
 mod diagnostic;
@@ -35,6 +38,7 @@ mod tests;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
     pub node: Node,
+    pub socket: Socket,
     pub api: Api,
     pub limits: Limits,
     pub timeouts: Timeouts,
@@ -75,9 +79,9 @@ impl Config {
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
         let raw: RawConfig = toml::from_str(text)
             .map_err(|error| ConfigError::Invalid(Box::new(Diagnostic::from_toml(file, text, &error))))?;
-        let RawConfig { node, api, limits, timeouts, snat, log, service } = raw;
+        let RawConfig { node, socket, api, limits, timeouts, snat, log, service } = raw;
         let services = check_services(file, text, service)?;
-        Ok(Self { node, api, limits, timeouts, snat, log, services })
+        Ok(Self { node, socket, api, limits, timeouts, snat, log, services })
     }
 
     /// The sections in which the two differ and that are read at start only.
@@ -85,6 +89,7 @@ impl Config {
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         [
             ("[node]", self.node != new.node),
+            ("[socket]", self.socket != new.socket),
             ("[api]", self.api != new.api),
             ("[limits]", self.limits != new.limits),
             ("[timeouts]", self.timeouts != new.timeouts),
@@ -115,6 +120,8 @@ pub fn parse_services(file: &str, text: &str) -> Result<Vec<Service>, ConfigErro
 struct RawConfig {
     #[serde(default)]
     node: Node,
+    #[serde(default)]
+    socket: Socket,
     #[serde(default)]
     api: Api,
     #[serde(default)]

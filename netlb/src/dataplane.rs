@@ -116,11 +116,24 @@ pub struct InterfaceStatus {
     pub problem: Option<String>,
 }
 
+/// The socket hooks.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SocketsStatus {
+    /// `node` or `all`.
+    pub scope: String,
+    /// The cgroup they are attached to.
+    pub cgroup: String,
+    /// `connect4`, `sendmsg6`, …
+    pub hooks: Vec<String>,
+}
+
 /// What the data plane says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DataplaneStatus {
     pub forwarding: String,
     pub interfaces: Vec<InterfaceStatus>,
+    /// None where no process's calls go through netlb.
+    pub sockets: Option<SocketsStatus>,
     pub maps: Vec<MapStatus>,
     pub counters: Vec<Counter>,
     /// Things an operator should look at: globs that match nothing, `ip_forward = 0`, …

@@ -16,7 +16,7 @@ use crate::{
     daemon::{Daemon, signals::Wanted, socket::Socket},
     dataplane::{
         ApplyError, ApplyReport, BackendCounters, Counter, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter,
-        InterfaceStatus, MapStatus, ServiceCounters, ServiceStats, Touched,
+        InterfaceStatus, MapStatus, ServiceCounters, ServiceStats, SocketsStatus, Touched,
     },
     desired::DesiredState,
     store::Store,
@@ -153,6 +153,11 @@ impl Dataplane for MemoryDataplane {
         DataplaneStatus {
             forwarding: "fast".to_owned(),
             interfaces: vec![interface("eth0", "tcx", None), interface("eth1", "", Some("no such device"))],
+            sockets: Some(SocketsStatus {
+                scope: "node".to_owned(),
+                cgroup: "/sys/fs/cgroup".to_owned(),
+                hooks: vec!["connect4".to_owned(), "connect6".to_owned()],
+            }),
             maps: vec![MapStatus { name: "flows".to_owned(), entries: 50, max_entries: 200, bytes: 12_800 }],
             counters: vec![counter("translated", 7), counter("no_backend", 0)],
             warnings: vec!["uplinks: `eth9` matches no interface".to_owned()],

@@ -209,6 +209,9 @@ pub struct StatusView {
     pub flow_table: Option<MapView>,
     pub maps: Vec<MapView>,
     pub interfaces: Vec<InterfaceView>,
+    /// The socket hooks; nothing where no process's calls go through netlb
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sockets: Option<SocketsView>,
     pub counters: Vec<CounterView>,
     pub warnings: Vec<String>,
     /// The last time the configuration file was read
@@ -239,6 +242,17 @@ pub struct InterfaceView {
     pub hook: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SocketsView {
+    /// `node` or `all`
+    pub scope: String,
+    /// The cgroup the hooks are attached to
+    pub cgroup: String,
+    /// `connect4`, `sendmsg6`, …
+    pub hooks: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

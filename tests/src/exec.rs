@@ -4,11 +4,12 @@ use std::env;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getppid};
 
+use crate::cgroup::{self, Cgroup};
 use crate::netns::{Handle, Namespace};
 use crate::run::Run;
 
@@ -29,6 +31,7 @@ pub struct Cmd {
     command: Command,
     line: String,
     inside: Option<Handle>,
+    cgroup: Option<cgroup::Handle>,
     input: Vec<u8>,
     timeout: Duration,
 }
@@ -40,6 +43,7 @@ impl Cmd {
             command: Command::new(program),
             line: program.to_string_lossy().into_owned(),
             inside: None,
+            cgroup: None,
             input: Vec::new(),
             timeout: DEFAULT_TIMEOUT,
         }
@@ -54,6 +58,12 @@ impl Cmd {
     /// As [`inside`](Self::inside), for where only the handle is at hand.
     pub fn handle(mut self, handle: &Handle) -> Self {
         self.inside = Some(handle.clone());
+        self
+    }
+
+    /// Runs it in a cgroup.
+    pub fn cgroup(mut self, cgroup: &Cgroup) -> Self {
+        self.cgroup = Some(cgroup.handle());
         self
     }
 
@@ -125,9 +135,23 @@ impl Cmd {
         Ok(Process { child, ended: None, line: self.line, log })
     }
 
+    /// Starts the command to talk with it, a line for a line.
+    pub fn converse(mut self) -> Result<Conversation> {
+        self.prepare(true);
+        self.command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = self.command.spawn().with_context(|| format!("failed to start `{}`", self.line))?;
+        let (stdin, stdout) = child.stdin.take().zip(child.stdout.take()).context("the program has no pipes")?;
+        let (sender, answers) = mpsc::channel();
+        thread::spawn(move || {
+            BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
+        Ok(Conversation { child, stdin, answers, line: self.line, timeout: self.timeout })
+    }
+
     /// The child gets a process group, so that a Ctrl-C does not reach it and its own children end with it.
     fn prepare(&mut self, dies_with_us: bool) {
         let inside = self.inside.take();
+        let cgroup = self.cgroup.take();
         let parent = nix::unistd::getpid();
         self.command.process_group(0);
         // SAFETY: the closure makes system calls only, which is allowed between fork and exec.
@@ -140,9 +164,34 @@ impl Cmd {
                         return Err(io::Error::from_raw_os_error(libc::ESRCH));
                     }
                 }
+                cgroup.as_ref().map_or(Ok(()), cgroup::Handle::enter)?;
                 inside.as_ref().map_or(Ok(()), Handle::enter_this_thread)
             });
         }
+    }
+}
+
+/// A program that answers each line with one, killed on drop.
+#[derive(Debug)]
+pub struct Conversation {
+    child: Child,
+    stdin: ChildStdin,
+    answers: Receiver<String>,
+    line: String,
+    timeout: Duration,
+}
+
+impl Conversation {
+    pub fn ask(&mut self, line: &str) -> Result<String> {
+        writeln!(self.stdin, "{line}").with_context(|| format!("`{}` has ended", self.line))?;
+        self.answers.recv_timeout(self.timeout).with_context(|| format!("`{}` did not answer `{line}`", self.line))
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        signal_group(&self.child, Signal::SIGKILL);
+        let _ = self.child.wait();
     }
 }
 

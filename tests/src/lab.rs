@@ -173,7 +173,7 @@ pub struct Lab {
 }
 
 /// Few enough that it loads quickly.
-pub const LIMITS: Limits = Limits { services: 16, backends: 256, flows: 8_192, ring_slots: 1 << 19 };
+pub const LIMITS: Limits = Limits { services: 16, backends: 256, flows: 8_192, ring_slots: 1 << 19, sockets: 1024 };
 
 impl Lab {
     /// Packets leave to their next hop.

@@ -16,6 +16,7 @@ pub mod load;
 pub mod netns;
 pub mod run;
 pub mod servers;
+pub mod sockets;
 pub mod sweep;
 pub mod testing;
 pub mod topology;

@@ -1,7 +1,7 @@
 //! Removal of what runs left behind.
 //!
-//! Everything is found by name, so nothing has to be written down while a run goes: namespaces, control groups and bpffs directories
-//! carry the run's id, and its processes are those inside its namespaces.
+//! Everything is found by name, so nothing has to be written down while a run goes: namespaces, cgroups and bpffs directories carry the
+//! run's id, and its processes are those inside its namespaces and cgroups.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -52,13 +52,13 @@ pub fn remove(run: RunId) -> Result<Removed> {
             removed.what.push(format!("process {process}"));
         }
     }
+    for cgroup in cgroups(run)? {
+        cgroup::remove(&cgroup)?;
+        removed.what.push(format!("cgroup {}", cgroup.display()));
+    }
     for namespace in &namespaces {
         delete_namespace(namespace)?;
         removed.what.push(format!("namespace {}", file_name(namespace)));
-    }
-    for group in cgroups(run)? {
-        cgroup::remove(&group)?;
-        removed.what.push(format!("cgroup {}", group.display()));
     }
     for dir in named(BPFFS, run)?.into_iter().chain([run.dir()]) {
         match fs::remove_dir_all(&dir) {
@@ -98,28 +98,27 @@ pub(crate) fn delete_namespace(namespace: &Path) -> Result<()> {
 
 fn runs() -> Result<BTreeSet<RunId>> {
     let mut runs = BTreeSet::new();
-    let cgroups = cgroup::root()?;
-    let cgroups = cgroups.as_ref().and_then(|root| root.to_str());
-    for dir in [RUNS, NAMESPACES, BPFFS].into_iter().chain(cgroups) {
+    let cgroups = cgroup::mount_point()?;
+    for dir in [RUNS, NAMESPACES, BPFFS].map(Path::new).into_iter().chain(cgroups.as_deref()) {
         runs.extend(entries(dir)?.iter().filter_map(|path| RunId::from_name(file_name(path))));
     }
     Ok(runs)
 }
 
 fn cgroups(run: RunId) -> Result<Vec<PathBuf>> {
-    let root = cgroup::root()?;
-    root.as_ref().and_then(|root| root.to_str()).map_or(Ok(Vec::new()), |root| named(root, run))
+    cgroup::mount_point()?.map_or_else(|| Ok(Vec::new()), |root| named(root, run))
 }
 
-fn named(dir: &str, run: RunId) -> Result<Vec<PathBuf>> {
+fn named(dir: impl AsRef<Path>, run: RunId) -> Result<Vec<PathBuf>> {
     Ok(entries(dir)?.into_iter().filter(|path| RunId::from_name(file_name(path)) == Some(run)).collect())
 }
 
-fn entries(dir: &str) -> Result<Vec<PathBuf>> {
+fn entries(dir: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+    let dir = dir.as_ref();
     match fs::read_dir(dir) {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error).with_context(|| format!("failed to list {dir}")),
+        Err(error) => Err(error).with_context(|| format!("failed to list {}", dir.display())),
     }
 }
 

@@ -191,6 +191,9 @@ impl View for StatusView {
         fact("services", self.services.to_string());
         fact("backends", self.backends.to_string());
         fact("forwarding", self.forwarding.clone());
+        if let Some(sockets) = &self.sockets {
+            fact("sockets", format!("{}, {} ({})", sockets.scope, sockets.cgroup, sockets.hooks.join(" ")));
+        }
         fact("loaded in", format!("{:.3} s", self.load_seconds));
         fact("kernel memory", format!("{}B", short(self.kernel_bytes)));
         if let Some(map) = &self.flow_table {

@@ -65,6 +65,38 @@ pub enum Xdp {
     Generic,
 }
 
+/// `[socket]`: which processes' sockets are served.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Socket {
+    pub scope: SocketScope,
+    /// The cgroup whose processes, and those of the cgroups below it, are served; the root of the first cgroup v2 that is mounted if
+    /// there is none.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// The network namespaces whose processes are served.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketScope {
+    #[default]
+    Off,
+    /// The daemon's own. Every container's processes are in a cgroup below the root as well.
+    Node,
+    All,
+}
+
+impl SocketScope {
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Node => "node",
+            Self::All => "all",
+        }
+    }
+}
+
 /// `[api]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -96,11 +128,14 @@ pub struct Limits {
     pub flows: u32,
     #[serde(deserialize_with = "ring_slots")]
     pub ring_slots: u32,
+    /// Connected sockets, and twice the services of datagram sockets, that are remembered.
+    #[serde(deserialize_with = "sockets")]
+    pub sockets: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 16_777_216 }
+        Self { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 16_777_216, sockets: 65_536 }
     }
 }
 
@@ -130,6 +165,10 @@ fn flows<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
 
 fn ring_slots<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     size(deserializer, 1 << 30)
+}
+
+fn sockets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    size(deserializer, 1 << 24)
 }
 
 /// `[timeouts]`: how long a flow without packets is kept, by its state.

@@ -31,6 +31,9 @@ bridges = ["cni0", "br*"]
 forwarding = "stack"
 tcx_order = "last"
 attach = "clsact"
+[socket]
+scope = "node"
+cgroup = "/sys/fs/cgroup/system.slice"
 [api]
 socket = "/run/other.sock"
 [limits]
@@ -38,6 +41,7 @@ services = 10
 backends = 20
 flows = 30
 ring_slots = 40
+sockets = 50
 [timeouts]
 tcp_syn = "5s"
 tcp_established = "4h30m"
@@ -60,7 +64,9 @@ frontend = "[fd00::10]:53/udp"
     );
     assert!(config.node.pod_interfaces[1].matches("pod-7"));
     assert_eq!(config.node.forwarding, Forwarding::Stack);
-    assert_eq!(config.limits, Limits { services: 10, backends: 20, flows: 30, ring_slots: 40 });
+    let cgroup = Some("/sys/fs/cgroup/system.slice".into());
+    assert_eq!(config.socket, Socket { scope: SocketScope::Node, cgroup });
+    assert_eq!(config.limits, Limits { services: 10, backends: 20, flows: 30, ring_slots: 40, sockets: 50 });
     assert_eq!(config.timeouts.tcp_established, Duration::from_secs(16_200));
     assert_eq!(config.log, Log { level: LogLevel::Debug, format: LogFormat::Json, dataplane: LogLevel::Warn });
     let [web, dns] = &config.services[..] else { panic!("{:?}", config.services) };
@@ -89,6 +95,7 @@ fn unknown_keys_are_refused_in_every_section() {
     for text in [
         "nod = 1",
         "[node]\nuplink = []",
+        "[socket]\nscop = 1",
         "[api]\nsock = 1",
         "[limits]\nflow = 1",
         "[timeouts]\ntcp = 1",

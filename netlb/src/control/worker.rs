@@ -17,7 +17,7 @@ use crate::{
     store::Store,
     view::{
         API_VERSION, ConflictView, CounterView, InterfaceView, MapView, OutOfSync as OutOfSyncView, ReloadView,
-        ServiceView, StatusView,
+        ServiceView, SocketsView, StatusView,
     },
 };
 
@@ -319,6 +319,11 @@ impl Worker {
                     problem: interface.problem,
                 })
                 .collect(),
+            sockets: status.sockets.map(|sockets| SocketsView {
+                scope: sockets.scope,
+                cgroup: sockets.cgroup,
+                hooks: sockets.hooks,
+            }),
             counters: status
                 .counters
                 .into_iter()

@@ -18,6 +18,7 @@ use self::{
     links::Attacher,
     load::{Memory, Options, Unfinished},
     pins::Pins,
+    sockets::Sockets,
 };
 use super::Programmer;
 use crate::{
@@ -37,6 +38,7 @@ mod logs;
 mod mapping;
 mod maps;
 mod pins;
+mod sockets;
 mod syscall;
 #[doc(hidden)]
 pub mod testing;
@@ -47,6 +49,7 @@ pub(crate) use self::links::detach_all;
 pub struct Datapath {
     programmer: Programmer<KernelMaps>,
     interfaces: Interfaces,
+    sockets: Sockets,
     counts: Counts,
     memory: Memory,
     forwarding: Forwarding,
@@ -93,6 +96,7 @@ impl Datapath {
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
             xdp: config.node.xdp != Xdp::Off,
+            sockets: config.socket.scope,
         };
         let mut loaded = load::load(&options, pins)?;
         let programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;
@@ -102,9 +106,11 @@ impl Datapath {
         }
         let attacher = Attacher::new(&mut loaded.ebpf, pins.clone(), &config.node)?;
         let interfaces = Interfaces::open(&config.node, Box::new(attacher))?;
+        let sockets = Sockets::open(loaded.sockets, &loaded.memory, pins.clone(), &config.socket);
         Ok(Self {
             programmer,
             interfaces,
+            sockets,
             counts,
             memory: loaded.memory,
             forwarding: config.node.forwarding,
@@ -123,6 +129,7 @@ impl Datapath {
             self.warn(format!("the maps will not outlive this netlb: cannot put them in place: {error}"));
         }
         self.interfaces.attach();
+        self.sockets.attach();
         if is_new && let Err(error) = pins.forget_previous_maps() {
             self.warn(format!("cannot remove the maps that were replaced: {error}"));
         }
@@ -155,6 +162,8 @@ impl Dataplane for Datapath {
         let report = self.programmer.apply(desired);
         if let Some(start) = self.start.take() {
             self.finish_start(start);
+        } else if report.changed > 0 {
+            self.sockets.check_connected();
         }
         report
     }
@@ -184,6 +193,7 @@ impl Dataplane for Datapath {
         let memory = self.memory.by_map();
         let mut warnings = self.warnings.clone();
         warnings.extend(interfaces.warnings);
+        warnings.extend(self.sockets.warnings());
         if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
             warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
             if self.programmer.serves_ipv6() {
@@ -197,6 +207,7 @@ impl Dataplane for Datapath {
             }
             .to_owned(),
             interfaces: interfaces.interfaces,
+            sockets: self.sockets.status(),
             maps: self.maps(&memory),
             counters: self.counts.all(),
             warnings,

@@ -8,8 +8,8 @@ use netlb_common::{
     filter,
     hop::{self, Hop},
     maps::{
-        Backend, Config, ConfigRef, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine, ServiceStats,
-        Settings, Tally, forwarding, log_level,
+        Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine,
+        ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
     snat::{self, Ports, Source},
     table::{self, Bucket, Record},
@@ -29,11 +29,15 @@ const COUNTERS: u32 = 64;
 const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
 /// Room in `INTERFACES`.
 const INTERFACES: u32 = 8192;
+/// The kernel hands out the elements of a map that forgets in portions to each CPU: a smaller map would forget what is in use.
+const LEAST_SOCKETS: u32 = 1024;
 
 /// The kernel's kinds of maps that are used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Kind {
     Hash,
+    /// A hash that forgets what was not used for longest.
+    LruHash,
     Array,
     /// An array that user space maps into its memory.
     MappedArray,
@@ -47,6 +51,7 @@ impl Kind {
             Self::Hash => 1,
             Self::Array | Self::MappedArray => 2,
             Self::PerCpuArray => 6,
+            Self::LruHash => 9,
         }
     }
 
@@ -56,7 +61,7 @@ impl Kind {
             Self::Hash => 1,
             // `BPF_F_MMAPABLE`.
             Self::MappedArray => 1 << 10,
-            Self::Array | Self::PerCpuArray => 0,
+            Self::LruHash | Self::Array | Self::PerCpuArray => 0,
         }
     }
 }
@@ -72,9 +77,9 @@ pub(super) struct Spec {
 }
 
 impl Spec {
-    const fn hash<K, V>(name: &'static str, max_entries: u32) -> Self {
+    const fn hash<K, V>(name: &'static str, kind: Kind, max_entries: u32) -> Self {
         let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
-        Self { name, kind: Kind::Hash, key_size, value_size, max_entries }
+        Self { name, kind, key_size, value_size, max_entries }
     }
 
     const fn array<V>(name: &'static str, kind: Kind, max_entries: u32) -> Self {
@@ -87,11 +92,13 @@ impl Spec {
 pub(super) struct Layout {
     pub(super) sizes: Sizes,
     pub(super) flow_buckets_log2: u32,
+    /// Entries of `SOCKETS`.
+    sockets: u32,
 }
 
 impl Layout {
     pub(super) fn new(limits: &Limits) -> Self {
-        let Limits { services, backends, flows, ring_slots } = *limits;
+        let Limits { services, backends, flows, ring_slots, sockets } = *limits;
         let addresses = u64::from(services) + u64::from(backends);
         let sizes = Sizes {
             services,
@@ -105,7 +112,7 @@ impl Layout {
             members: (2 * backends + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
             filter_bits_log2: filter::bits_log2(addresses),
         };
-        Self { sizes, flow_buckets_log2: flow_buckets_log2(flows) }
+        Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
     }
 
     pub(super) const fn flow_buckets(&self) -> u32 {
@@ -122,17 +129,17 @@ impl Layout {
 
     /// Every map that is pinned, `META` last.
     pub(super) fn maps(&self) -> Vec<Spec> {
-        use Kind::{Array, MappedArray, PerCpuArray};
+        use Kind::{Array, Hash, LruHash, MappedArray, PerCpuArray};
         let Sizes { services, configs, frontends, backends, owners, ring_slots, members, filter_bits_log2: _ } =
             self.sizes;
         vec![
-            Spec::hash::<EndpointKey, ConfigRef>("SERVICES", services),
+            Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
             Spec::array::<Config>("CONFIGS", MappedArray, configs),
             Spec::array::<RingLine>("RINGS", MappedArray, ring_slots / RingLine::SLOTS),
             Spec::array::<MemberLine>("MEMBERS", MappedArray, members / MemberLine::MEMBERS),
             Spec::array::<Backend>("BACKENDS", MappedArray, backends),
             Spec::array::<Frontend>("FRONTENDS", MappedArray, frontends),
-            Spec::hash::<EndpointKey, Owners>("OWNERS", owners),
+            Spec::hash::<EndpointKey, Owners>("OWNERS", Hash, owners),
             Spec::array::<u64>("FILTER", MappedArray, self.filter_words()),
             Spec::array::<Bucket>("FLOWS", MappedArray, self.flow_buckets()),
             Spec::array::<Record>("FLOW_RECORDS", MappedArray, self.flow_records()),
@@ -141,9 +148,10 @@ impl Layout {
             Spec::array::<Tally>("CURSORS", MappedArray, frontends),
             Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
-            Spec::hash::<u32, Interface>("INTERFACES", INTERFACES),
+            Spec::hash::<u32, Interface>("INTERFACES", Hash, INTERFACES),
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
+            Spec::hash::<SocketKey, Counterpart>("SOCKETS", LruHash, self.sockets),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }
@@ -233,6 +241,7 @@ mod tests {
                 ("INTERFACES", 8192),
                 ("HOPS", 16_384),
                 ("SNAT_ADDRESSES", 256),
+                ("SOCKETS", 65_536),
                 ("META", 1),
             ]
         );
@@ -240,11 +249,17 @@ mod tests {
 
     #[test]
     fn the_smallest_and_largest_limits_stay_within_what_the_programs_address() {
-        let least = Layout::new(&Limits { services: 1, backends: 1, flows: 1, ring_slots: 1 });
+        let least = Layout::new(&Limits { services: 1, backends: 1, flows: 1, ring_slots: 1, sockets: 1 });
         assert_eq!(least.flow_buckets(), 64);
         assert_eq!(least.sizes.ring_slots, 32);
         assert!(least.maps().iter().all(|map| map.max_entries > 0));
-        let most = Limits { services: 1 << 20, backends: (1 << 21) - 1, flows: 1 << 26, ring_slots: 1 << 30 };
+        let most = Limits {
+            services: 1 << 20,
+            backends: (1 << 21) - 1,
+            flows: 1 << 26,
+            ring_slots: 1 << 30,
+            sockets: 1 << 24,
+        };
         let most = Layout::new(&most);
         assert_eq!(most.flow_buckets_log2, table::MAX_BUCKETS_LOG2);
         assert_eq!(most.flow_records(), 1 << 28);

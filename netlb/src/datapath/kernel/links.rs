@@ -18,6 +18,7 @@ use super::{
     mapping::Mapping,
     maps::{io_error, take_hash, take_mapped},
     pins::{Pins, ignore_missing},
+    sockets,
     syscall::{self, Direction, Order, XdpMode},
 };
 use crate::{
@@ -248,7 +249,7 @@ fn unlink(pins: &Pins, index: u32, direction: Direction) -> io::Result<()> {
 }
 
 /// Ends a pinned link, if there is one.
-fn unpin(path: &Path) -> io::Result<()> {
+pub(super) fn unpin(path: &Path) -> io::Result<()> {
     match syscall::open_pin(path) {
         // A link ends with its last reference, but some time after it, and somebody else may hold one. With its interface it is gone
         // already, which is an error that says nothing.
@@ -270,11 +271,12 @@ fn remove_filters(pins: &Pins, index: u32) -> io::Result<()> {
     pins.forget_filters(index)
 }
 
-/// Takes netlb off all interfaces, with no daemon running. Filters are found in the network namespace they were made in only.
+/// Takes netlb off all interfaces and off the cgroup, with no daemon running. Filters are found in the network namespace they were made in only.
 pub(crate) fn detach_all(bpffs: &Path) -> anyhow::Result<()> {
     let pins = Pins::new(bpffs);
     for index in [pins.linked()?, pins.filtered()?].concat() {
         detach(&pins, index).with_context(|| format!("cannot detach from interface {index}"))?;
     }
+    sockets::detach(&pins).context("cannot detach from the cgroup")?;
     Ok(())
 }

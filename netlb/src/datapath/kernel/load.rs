@@ -19,9 +19,10 @@ use super::{
     layout::{Layout, Spec, settings, timeouts},
     maps::{KernelMaps, io_error, take},
     pins::Pins,
+    sockets::{self, Programs},
     syscall::{self, Direction},
 };
-use crate::config::{Forwarding, Limits, LogLevel, Snat, Timeouts};
+use crate::config::{Forwarding, Limits, LogLevel, Snat, SocketScope, Timeouts};
 
 /// Empty in a build without the BPF programs.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netlb-bpf"));
@@ -38,6 +39,8 @@ pub(super) struct Options<'a> {
     pub(super) log: LogLevel,
     /// Whether the XDP program is wanted.
     pub(super) xdp: bool,
+    /// The network namespaces whose sockets are served; see [`sockets`](super::sockets) for the programs.
+    pub(super) sockets: SocketScope,
 }
 
 /// The programs and their maps.
@@ -48,6 +51,8 @@ pub(super) struct Loaded {
     /// Where `META` is written to when the maps are filled; nowhere for maps that were adopted.
     pub(super) unfinished: Option<Unfinished>,
     pub(super) memory: Memory,
+    /// The programs at the calls of processes, if they are wanted. Packets are served without them as well.
+    pub(super) sockets: Option<anyhow::Result<Programs>>,
 }
 
 /// Maps that no later start adopts yet.
@@ -123,11 +128,13 @@ fn load_into(
     );
     let timeouts = timeouts(options.timeouts);
     let settings = settings(&meta, &timeouts, options);
+    let socket_settings = sockets::settings(options.sockets).context("cannot tell this network namespace")?;
     // aya-log counts its levels as we do.
     let log_level = settings.log_level as u8;
     let specs = layout.maps();
     let mut loader = EbpfLoader::new();
     loader.override_global("SETTINGS", &settings, true);
+    loader.override_global("SOCKET_SETTINGS", &socket_settings, true);
     // The programs have it only if they log anything.
     loader.override_global(aya_log::LEVEL, &log_level, false);
     // With statistics comes the reason of a refusal. The way to it may be megabytes long, and take minutes to be told.
@@ -162,10 +169,11 @@ fn load_into(
             ebpf.program_mut(XDP).with_context(|| format!("there is no BPF program {XDP}"))?.try_into()?;
         program.load().map_err(|error| refused(XDP, error))?;
     }
+    let sockets = (options.sockets != SocketScope::Off).then(|| sockets::load(&mut ebpf));
     let maps = KernelMaps::new(&mut ebpf, layout, &timeouts)?;
     let map = Array::try_from(take(&mut ebpf, "META")?).map_err(io_error)?;
     let unfinished = (!adopted).then_some(Unfinished { map, meta });
-    Ok(Loaded { ebpf, maps, unfinished, memory })
+    Ok(Loaded { ebpf, maps, unfinished, memory, sockets })
 }
 
 const XDP: &str = "netlb_xdp";
@@ -213,7 +221,7 @@ impl Program {
         Self::of(program.fd()?, program.info()?.id())
     }
 
-    fn of(fd: &ProgramFd, id: u32) -> anyhow::Result<Self> {
+    pub(super) fn of(fd: &ProgramFd, id: u32) -> anyhow::Result<Self> {
         Ok(Self { fd: fd.as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?, id })
     }
 }
@@ -224,7 +232,7 @@ fn explain(error: EbpfError) -> anyhow::Error {
 }
 
 /// A verifier's log ends with the reason, above some statistics.
-fn refused(name: &str, error: ProgramError) -> anyhow::Error {
+pub(super) fn refused(name: &str, error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError { io_error, verifier_log } = &error else {
         return anyhow::Error::new(error).context(format!("cannot load the BPF program {name}"));
     };
@@ -304,7 +312,7 @@ fn difference(spec: &Spec, info: &MapInfo) -> Option<String> {
 
 fn map_data(map: &Map) -> Option<&MapData> {
     match map {
-        Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) => Some(map),
+        Map::Array(map) | Map::HashMap(map) | Map::LruHashMap(map) | Map::PerCpuArray(map) => Some(map),
         _ => None,
     }
 }
@@ -317,6 +325,12 @@ impl Memory {
     /// Bytes of each map.
     pub(super) fn by_map(&self) -> HashMap<&'static str, u64> {
         self.0.iter().map(|(name, map)| (*name, memory_of(map))).collect()
+    }
+
+    /// A map once more, for whoever reads it beside its owner.
+    pub(super) fn map(&self, name: &str) -> anyhow::Result<MapData> {
+        let (_, map) = self.0.iter().find(|(known, _)| *known == name).with_context(|| format!("no map {name}"))?;
+        Ok(MapData::from_fd(map.try_clone().context("cannot duplicate a descriptor")?)?)
     }
 }
 

@@ -4,7 +4,8 @@
 //! maps/            the maps in use; META tells that they are complete
 //! maps-next/       maps being filled, to take their place
 //! maps-previous/   maps whose place was taken, until no link's program uses them
-//! links/           TCX and XDP links: <interface index>-ingress, <interface index>-egress, <interface index>-xdp
+//! links/           TCX and XDP links: <interface index>-ingress, <interface index>-egress, <interface index>-xdp;
+//!                  links of the socket hooks: connect4, …
 //! clsact/          empty directories called by the index of interfaces that have clsact filters of ours
 //! ```
 //!
@@ -54,6 +55,10 @@ impl Pins {
 
     pub(super) fn xdp_link(&self, index: u32) -> PathBuf {
         self.links().join(format!("{index}-xdp"))
+    }
+
+    pub(super) fn socket_link(&self, hook: &str) -> PathBuf {
+        self.links().join(hook)
     }
 
     fn filters(&self) -> PathBuf {

@@ -3,6 +3,7 @@
 use std::{
     ffi::CString,
     io,
+    net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -148,6 +149,16 @@ pub(super) fn create_xdp_link(program: BorrowedFd<'_>, index: u32, mode: XdpMode
     bpf(command::LINK_CREATE, &mut attr).map(owned)
 }
 
+/// Attaches a program to a cgroup, beside others' programs. The kernel takes no flags for such links.
+pub(super) fn create_cgroup_link(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate { program: raw(program), index: raw(cgroup), attach_type, ..LinkCreate::default() };
+    bpf(command::LINK_CREATE, &mut attr).map(owned)
+}
+
 /// Puts another program in a link's place. No packet goes without one.
 pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(command::LINK_UPDATE, &mut [raw(link), raw(program), 0, 0]).map(drop)
@@ -194,6 +205,14 @@ pub(super) struct LinkInfo {
     attach_type: u32,
     /// Room for what other kinds of links say.
     rest: [u64; 8],
+}
+
+impl LinkInfo {
+    /// Of a link to a cgroup, the cgroup's id; 0 after the cgroup is gone.
+    pub(super) fn cgroup(&self) -> u64 {
+        let ([a, b, c, d], [e, f, g, h]) = (self.index.to_ne_bytes(), self.attach_type.to_ne_bytes());
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    }
 }
 
 pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
@@ -253,6 +272,21 @@ pub(super) fn has_tcx() -> bool {
 pub(super) fn has_bpf() -> bool {
     let error = bpf(command::OBJ_GET, &mut Object::default()).err().and_then(|error| error.raw_os_error());
     error != Some(libc::ENOSYS)
+}
+
+/// The cookie of this network namespace (since Linux 5.14).
+pub(super) fn namespace_cookie() -> io::Result<u64> {
+    /// `SO_NETNS_COOKIE`, as most architectures number it.
+    const NETNS_COOKIE: libc::c_int = 71;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0_u64;
+    let mut len = size_of_val(&cookie) as libc::socklen_t;
+    // SAFETY: the option's value is that long.
+    let result = unsafe {
+        let value = ptr::from_mut(&mut cookie).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, NETNS_COOKIE, value, &raw mut len)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
 /// Waits for RCU grace periods.

@@ -24,7 +24,7 @@ use super::{
     syscall::Direction,
 };
 use crate::{
-    config::{Forwarding, Limits, LogLevel, Snat, Timeouts},
+    config::{Forwarding, Limits, LogLevel, Snat, SocketScope, Timeouts},
     datapath::{Maps as _, Programmer},
 };
 
@@ -72,8 +72,16 @@ impl Harness {
 
     /// The same with the programs of another object, which has the same maps.
     pub fn of(object: &[u8], limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
-        let options =
-            Options { object, limits, timeouts, snat: Snat::default(), forwarding, log: LogLevel::Off, xdp: true };
+        let options = Options {
+            object,
+            limits,
+            timeouts,
+            snat: Snat::default(),
+            forwarding,
+            log: LogLevel::Off,
+            xdp: true,
+            sockets: SocketScope::Off,
+        };
         let mut loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps)?,

@@ -54,12 +54,17 @@ pub(crate) struct Size {
 }
 
 /// Limits as they are by default, with a service of each kind.
-const USUAL: Size =
-    Size { services: 1, limits: Limits { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 1 << 20 } };
+const USUAL: Size = Size {
+    services: 1,
+    limits: Limits { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 1 << 20, sockets: 1024 },
+};
 const MILLION_FLOWS: Size = Size { services: 1, limits: Limits { flows: 1 << 20, ..USUAL.limits } };
 
 const fn services(services: u32) -> Size {
-    Size { services, limits: Limits { services: 131_072, backends: 131_072, flows: 262_144, ring_slots: 1 << 20 } }
+    Size {
+        services,
+        limits: Limits { services: 131_072, backends: 131_072, flows: 262_144, ring_slots: 1 << 20, sockets: 1024 },
+    }
 }
 
 const fn requests(name: &'static str, flows_log2: u32) -> Case {

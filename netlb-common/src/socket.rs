@@ -1,0 +1,419 @@
+//! Sockets of processes: a service's address is exchanged for a backend's when a process names it, so that no packet is ever translated.
+//!
+//! The choice is made once, by the same rings as for packets. What was chosen is remembered by the socket's cookie, from both ends: the
+//! backend for a frontend, so that the datagrams of an unconnected socket stay together; and the frontend for a backend, so that the
+//! process is shown the address it named. Entries may be forgotten: then the choice is made again, or a process sees the backend.
+
+use crate::{
+    addr::{Addr, PortBe},
+    balance::{self, OFFERS, Tables},
+    maps::{Backend, Config, Counterpart, EndpointKey, SocketKey},
+    wire::udp,
+};
+
+/// What is known of sockets.
+pub trait Sockets {
+    fn get(&self, key: &SocketKey) -> Option<Counterpart>;
+    fn set(&self, key: &SocketKey, value: &Counterpart);
+    fn forget(&self, key: &SocketKey);
+    /// Counts a choice.
+    fn count(&self, service: u32, backend: u32);
+}
+
+/// What becomes of an address that a process named.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Outcome {
+    /// None of ours.
+    Untouched,
+    /// A backend's is put in its place.
+    Exchanged,
+    /// It is a service's of which no backend takes any.
+    Nobody,
+}
+
+/// A process connects a socket. `backend` is filled in for [`Outcome::Exchanged`].
+#[inline(always)]
+pub fn connect<T: Tables>(
+    tables: T,
+    sockets: &impl Sockets,
+    cookie: u64,
+    named: &EndpointKey,
+    backend: &mut Counterpart,
+) -> Outcome {
+    match balance::in_force(&tables, named) {
+        Some((_, config)) => choose(tables, sockets, cookie, named, config, backend),
+        None => {
+            // If the socket had this backend from a service before, it is the backend itself that is meant now.
+            sockets.forget(&SocketKey::new(cookie, named.addr, named.port, SocketKey::BACKEND));
+            Outcome::Untouched
+        }
+    }
+}
+
+/// A process sends a datagram to an address. `backend` is filled in for [`Outcome::Exchanged`].
+#[inline(always)]
+pub fn send<T: Tables>(
+    tables: T,
+    sockets: &impl Sockets,
+    cookie: u64,
+    named: &EndpointKey,
+    backend: &mut Counterpart,
+) -> Outcome {
+    let Some((_, config)) = balance::in_force(&tables, named) else { return Outcome::Untouched };
+    let frontend_end = SocketKey::new(cookie, named.addr, named.port, SocketKey::FRONTEND);
+    if let Some(known) = sockets.get(&frontend_end)
+        && tables.backend(known.backend).is_some_and(|backend| still_serves(backend, &known, config, named))
+    {
+        *backend = known;
+        let backend_end = SocketKey::new(cookie, known.addr, known.port, SocketKey::BACKEND);
+        // The two may have been used unlike, and one forgotten.
+        if sockets.get(&backend_end).is_none() {
+            sockets.set(&backend_end, &shown(named, known.backend));
+        }
+        return Outcome::Exchanged;
+    }
+    choose(tables, sockets, cookie, named, config, backend)
+}
+
+/// Whether a backend is the one that was chosen, and has its flows still. A socket holds no id of a backend, so that it may be another's.
+#[inline(always)]
+fn still_serves(backend: &Backend, known: &Counterpart, config: &Config, named: &EndpointKey) -> bool {
+    backend.flags & Backend::SERVING != 0
+        && backend.service == config.service
+        && backend.addr == known.addr
+        && backend.port == known.port
+        && backend.protocol == named.protocol
+}
+
+/// What a process is shown in a backend's place.
+#[inline(always)]
+const fn shown(named: &EndpointKey, backend: u32) -> Counterpart {
+    Counterpart { addr: named.addr, port: named.port, pad: 0, backend }
+}
+
+/// Chooses a backend. With Maglev it is any of the ring: the source port of a socket is not known yet, often not even its address, and
+/// what Maglev's hash is for, that all nodes send a flow to the same backend, does not matter to a socket, which stays on its node.
+#[inline(always)]
+fn choose<T: Tables>(
+    tables: T,
+    sockets: &impl Sockets,
+    cookie: u64,
+    named: &EndpointKey,
+    config: &Config,
+    backend: &mut Counterpart,
+) -> Outcome {
+    let Some(first) = balance::first_member(tables, config, || tables.random()) else { return Outcome::Nobody };
+    // 0 is no backend.
+    let mut chosen = 0;
+    for n in 0..OFFERS {
+        let Some(id) = balance::member_id(tables, config, first + n) else { break };
+        if tables.backend(id).is_some_and(|backend| backend.flags & Backend::ACCEPTING != 0) {
+            chosen = id;
+            break;
+        }
+    }
+    if chosen == 0 {
+        return Outcome::Nobody;
+    }
+    let Some(record) = tables.backend(chosen) else { return Outcome::Nobody };
+    *backend = Counterpart { addr: record.addr, port: record.port, pad: 0, backend: chosen };
+    // A stream is connected once and for all.
+    if named.protocol == udp::PROTOCOL {
+        sockets.set(&SocketKey::new(cookie, named.addr, named.port, SocketKey::FRONTEND), backend);
+    }
+    sockets.set(&SocketKey::new(cookie, backend.addr, backend.port, SocketKey::BACKEND), &shown(named, chosen));
+    sockets.count(config.service, chosen);
+    Outcome::Exchanged
+}
+
+/// Whom a process is shown in the place of this peer of its socket; nobody where the peer is what the process named itself.
+#[inline(always)]
+pub fn peer(sockets: &impl Sockets, cookie: u64, addr: Addr, port: PortBe) -> Option<Counterpart> {
+    sockets.get(&SocketKey::new(cookie, addr, port, SocketKey::BACKEND))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::{Cell, RefCell},
+        collections::HashMap,
+        vec::Vec,
+    };
+
+    use super::*;
+    use crate::{
+        conntrack::State,
+        counters::Counter,
+        flow::HashKey,
+        maps::{ConfigRef, Frontend, Owners, algorithm},
+        table::{Bucket, Operations, Place, Record, Storage},
+    };
+
+    const COOKIE: u64 = 7;
+    const UDP: u8 = udp::PROTOCOL;
+    const TCP: u8 = 6;
+
+    /// The maps of one service with three backends, numbers 1 to 3, and a ring that has each once; and what is known of sockets.
+    struct Node {
+        config: Config,
+        reference: ConfigRef,
+        backends: Vec<Backend>,
+        random: u32,
+        turn: Cell<u64>,
+        sockets: RefCell<HashMap<SocketKey, Counterpart>>,
+        counted: RefCell<Vec<u32>>,
+    }
+
+    fn addr(last: u8) -> Addr {
+        Addr::from_v4([10, 244, 1, last])
+    }
+
+    fn service(protocol: u8) -> EndpointKey {
+        EndpointKey::new(Addr::from_v4([10, 96, 0, 10]), PortBe::new(53), protocol)
+    }
+
+    impl Node {
+        fn new(protocol: u8) -> Self {
+            let flags = Backend::SERVING | Backend::ACCEPTING;
+            let backend = |n| Backend {
+                addr: addr(n),
+                port: PortBe::new(5353),
+                protocol,
+                flags,
+                service: 4,
+                ..Backend::default()
+            };
+            Self {
+                config: Config {
+                    key: service(protocol),
+                    generation: 9,
+                    service: 4,
+                    ring_len: 3,
+                    members_len: 3,
+                    ..Config::default()
+                },
+                reference: ConfigRef::new(0, 9),
+                backends: (0..4).map(backend).collect(),
+                random: 0,
+                turn: Cell::new(0),
+                sockets: RefCell::default(),
+                counted: RefCell::default(),
+            }
+        }
+
+        fn connect(&self, named: &EndpointKey) -> (Outcome, u32) {
+            let mut backend = Counterpart::default();
+            (connect(self, self, COOKIE, named, &mut backend), backend.backend)
+        }
+
+        fn send(&self) -> (Outcome, u32) {
+            let mut backend = Counterpart::default();
+            (send(self, self, COOKIE, &self.config.key, &mut backend), backend.backend)
+        }
+
+        fn peer(&self, backend: u8) -> Option<Addr> {
+            peer(self, COOKIE, addr(backend), PortBe::new(5353)).map(|shown| shown.addr)
+        }
+    }
+
+    impl Sockets for Node {
+        fn get(&self, key: &SocketKey) -> Option<Counterpart> {
+            self.sockets.borrow().get(key).copied()
+        }
+
+        fn set(&self, key: &SocketKey, value: &Counterpart) {
+            self.sockets.borrow_mut().insert(*key, *value);
+        }
+
+        fn forget(&self, key: &SocketKey) {
+            self.sockets.borrow_mut().remove(key);
+        }
+
+        fn count(&self, _: u32, backend: u32) {
+            self.counted.borrow_mut().push(backend);
+        }
+    }
+
+    impl Operations for &Node {}
+
+    /// Sockets have nothing to do with the flow table.
+    impl Storage for &Node {
+        fn mask(&self) -> u32 {
+            unreachable!()
+        }
+
+        fn bucket(&self, _: u32) -> Option<&Bucket> {
+            unreachable!()
+        }
+
+        fn record(&self, _: Place) -> Option<&Record> {
+            unreachable!()
+        }
+
+        fn timeout(&self, _: State) -> u32 {
+            unreachable!()
+        }
+    }
+
+    impl Tables for &Node {
+        fn hash_key(&self) -> HashKey {
+            unreachable!()
+        }
+
+        fn filter_bits_log2(&self) -> u32 {
+            unreachable!()
+        }
+
+        fn filter_has(&self, _: u32) -> bool {
+            unreachable!()
+        }
+
+        fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
+            (*key == service(key.protocol)).then_some(self.reference)
+        }
+
+        fn config(&self, index: u32) -> Option<&Config> {
+            (index == 0).then_some(&self.config)
+        }
+
+        fn ring(&self, slot: u32) -> Option<u16> {
+            Some(slot as u16)
+        }
+
+        fn member(&self, index: u32) -> Option<u32> {
+            Some(index + 1)
+        }
+
+        fn backend(&self, id: u32) -> Option<&Backend> {
+            self.backends.get(id as usize)
+        }
+
+        fn frontend(&self, _: u32) -> Option<&Frontend> {
+            unreachable!()
+        }
+
+        fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
+            unreachable!()
+        }
+
+        fn source(&self, _: u32) -> Option<Addr> {
+            unreachable!()
+        }
+
+        fn source_index(&self, _: Addr) -> u32 {
+            unreachable!()
+        }
+
+        fn snat_ports(&self) -> crate::snat::Ports {
+            unreachable!()
+        }
+
+        fn turn(&self, _: u32) -> u64 {
+            self.turn.replace(self.turn.get() + 1)
+        }
+
+        fn random(&self) -> u32 {
+            self.random
+        }
+
+        fn count(&self, _: Counter) {}
+
+        fn count_flow(&self, _: u32, _: u32) {}
+    }
+
+    #[test]
+    fn a_record_that_was_reused_is_not_in_force() {
+        let mut node = Node::new(TCP);
+        assert!(balance::in_force(&&node, &service(TCP)).is_some());
+        node.config.generation += 1;
+        assert!(balance::in_force(&&node, &service(TCP)).is_none(), "another generation");
+        node.config.generation -= 1;
+        node.config.key.port = PortBe::new(54);
+        assert!(balance::in_force(&&node, &service(TCP)).is_none(), "another key");
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Untouched, 0));
+    }
+
+    #[test]
+    fn the_first_member_is_by_hash_by_chance_or_in_turns() {
+        let mut node = Node::new(TCP);
+        node.random = u32::MAX;
+        let mut first = |algorithm| {
+            node.config.algorithm = algorithm;
+            balance::first_member(&node, &node.config, || u32::MAX / 2)
+        };
+        assert_eq!(first(algorithm::MAGLEV), Some(1));
+        assert_eq!(first(algorithm::RANDOM), Some(2));
+        assert_eq!([(); 4].map(|()| first(algorithm::ROUND_ROBIN)), [Some(0), Some(1), Some(2), Some(0)]);
+        node.config.ring_len = 0;
+        assert_eq!(balance::first_member(&node, &node.config, || 0), None);
+    }
+
+    #[test]
+    fn a_connected_socket_has_a_backend_and_shows_the_service() {
+        for protocol in [TCP, UDP] {
+            let node = Node::new(protocol);
+            assert_eq!(node.connect(&service(protocol)), (Outcome::Exchanged, 1));
+            assert_eq!((node.peer(1), node.peer(2)), (Some(service(protocol).addr), None));
+            assert_eq!(*node.counted.borrow(), [1]);
+            // Only datagrams name the service again.
+            assert_eq!(node.sockets.borrow().len(), if protocol == UDP { 2 } else { 1 });
+        }
+    }
+
+    #[test]
+    fn a_backend_that_drains_is_passed_over_and_where_all_do_the_call_is_refused() {
+        let mut node = Node::new(TCP);
+        node.backends[1].flags = Backend::SERVING;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 2));
+        for backend in &mut node.backends {
+            backend.flags = Backend::SERVING;
+        }
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Nobody, 0));
+        node.config.ring_len = 0;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Nobody, 0));
+    }
+
+    #[test]
+    fn datagrams_keep_their_backend_while_it_serves() {
+        let mut node = Node::new(UDP);
+        assert_eq!(node.send(), (Outcome::Exchanged, 1));
+        node.random = u32::MAX;
+        node.backends[1].flags = Backend::SERVING;
+        assert_eq!(node.send(), (Outcome::Exchanged, 1), "it drains");
+        node.backends[1].flags = 0;
+        assert_eq!(node.send(), (Outcome::Exchanged, 3), "it serves no more");
+        assert_eq!(*node.counted.borrow(), [1, 3]);
+        // A late answer of the one before.
+        assert_eq!((node.peer(1), node.peer(3)), (Some(service(UDP).addr), Some(service(UDP).addr)));
+    }
+
+    #[test]
+    fn datagrams_leave_a_number_that_became_another_backends() {
+        let mut node = Node::new(UDP);
+        assert_eq!(node.send(), (Outcome::Exchanged, 1));
+        node.random = u32::MAX;
+        node.backends[1].addr = addr(99);
+        assert_eq!(node.send(), (Outcome::Exchanged, 3), "another address");
+        node.backends[3].service = 5;
+        node.random = 0;
+        assert_eq!(node.send(), (Outcome::Exchanged, 1), "another service");
+    }
+
+    #[test]
+    fn what_was_forgotten_of_one_end_is_noted_again() {
+        let node = Node::new(UDP);
+        node.send();
+        node.sockets.borrow_mut().retain(|key, _| key.end == SocketKey::FRONTEND);
+        assert_eq!(node.send(), (Outcome::Exchanged, 1));
+        assert_eq!(node.peer(1), Some(service(UDP).addr));
+    }
+
+    #[test]
+    fn a_socket_that_names_the_backend_itself_is_shown_the_backend() {
+        let node = Node::new(UDP);
+        node.connect(&service(UDP));
+        let backend = EndpointKey::new(addr(1), PortBe::new(5353), UDP);
+        assert_eq!(node.connect(&backend), (Outcome::Untouched, 0));
+        assert_eq!(node.peer(1), None);
+    }
+}

@@ -1,0 +1,82 @@
+//! Socket for tests: reads a command from each line, does it, and answers with `ok …` or `error ERRNO` on a line.
+
+use std::io::{self, BufRead, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use nix::errno::Errno;
+
+/// For a connection, and for a datagram.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn main() -> Result<()> {
+    let mut socket = None;
+    let mut out = io::stdout().lock();
+    for line in io::stdin().lock().lines() {
+        match obey(&mut socket, &line?) {
+            Ok(said) => writeln!(out, "ok {said}")?,
+            Err(error) => match error.downcast_ref::<io::Error>() {
+                Some(error) => writeln!(out, "error {}", name(error))?,
+                None => return Err(error),
+            },
+        }
+        out.flush()?;
+    }
+    Ok(())
+}
+
+enum Socket {
+    Stream(TcpStream),
+    Datagrams(UdpSocket),
+}
+
+fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
+    let words: Vec<_> = line.split(' ').collect();
+    match (words.as_slice(), socket.as_ref()) {
+        (["open", family], _) => {
+            let any = match *family {
+                "4" => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+                _ => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+            };
+            let opened = UdpSocket::bind(any)?;
+            opened.set_read_timeout(Some(PATIENCE))?;
+            *socket = Some(Socket::Datagrams(opened));
+        }
+        (["connect", "tcp", to], _) => {
+            *socket = Some(Socket::Stream(TcpStream::connect_timeout(&to.parse()?, PATIENCE)?));
+        }
+        (["connect", "udp", to], Some(Socket::Datagrams(socket))) => socket.connect(to.parse::<SocketAddr>()?)?,
+        (["peer"], Some(Socket::Datagrams(socket))) => return Ok(socket.peer_addr()?.to_string()),
+        (["peer"], Some(Socket::Stream(socket))) => return Ok(socket.peer_addr()?.to_string()),
+        (["send", what], Some(Socket::Datagrams(socket))) => drop(socket.send(what.as_bytes())?),
+        (["sendto", to, what], Some(Socket::Datagrams(socket))) => {
+            socket.send_to(what.as_bytes(), to.parse::<SocketAddr>()?)?;
+        }
+        (["recv"], Some(Socket::Datagrams(socket))) => {
+            let mut datagram = vec![0; 1 << 16];
+            let (length, from) = socket.recv_from(&mut datagram)?;
+            return Ok(format!("{from} {}", String::from_utf8_lossy(&datagram[..length]).trim_end()));
+        }
+        (["connect-for", millis, to], _) => return connect_for(Duration::from_millis(millis.parse()?), to.parse()?),
+        _ => bail!("cannot do `{line}`"),
+    }
+    Ok(String::new())
+}
+
+fn connect_for(time: Duration, to: SocketAddr) -> Result<String> {
+    let end = Instant::now() + time;
+    let (mut connects, mut failed) = (0_u64, 0_u64);
+    while Instant::now() < end {
+        connects += 1;
+        failed += u64::from(TcpStream::connect_timeout(&to, PATIENCE).is_err());
+        // The ports of closed connections rest for a minute; there are some ten thousands of them.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(format!("{connects} {failed}"))
+}
+
+/// `ETIMEDOUT` and so on; an error that is not the kernel's by its kind.
+fn name(error: &io::Error) -> String {
+    error.raw_os_error().map_or_else(|| format!("{:?}", error.kind()), |code| format!("{:?}", Errno::from_raw(code)))
+}
