@@ -169,7 +169,11 @@ impl Dataplane for Datapath {
     }
 
     fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
-        self.programmer.apply_touched(touched)
+        let report = self.programmer.apply_touched(touched);
+        if report.changed > 0 {
+            self.sockets.check_connected();
+        }
+        report
     }
 
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
