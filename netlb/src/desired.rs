@@ -212,7 +212,8 @@ impl DesiredState {
         // A service named after the frontend it lost is named after the next one.
         let named = service.name() != service.frontends()[0].to_string();
         let name = named.then(|| service.name().to_owned());
-        Service::new(name, frontends, service.backends().to_vec(), service.algorithm()).ok().map(Arc::new)
+        let left = Service::new(name, frontends, service.backends().to_vec(), service.algorithm()).ok()?;
+        Some(Arc::new(left.with_snat(service.snat())))
     }
 
     /// Carries out one edit, and returns the one that undoes it.

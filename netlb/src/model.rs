@@ -213,6 +213,28 @@ impl fmt::Display for Algorithm {
     }
 }
 
+/// Which flows of a service get an address of the node as their source.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnatMode {
+    /// Those whose replies would not come back through this node.
+    #[default]
+    Auto,
+    Always,
+    /// None but those of a pod to itself: replies come back through this node, as the operator knows.
+    Never,
+}
+
+impl fmt::Display for SnatMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
 /// The source that declared a service. Only its owner changes a service.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -239,6 +261,7 @@ pub struct Service {
     frontends: Vec<Frontend>,
     backends: Vec<Backend>,
     algorithm: Algorithm,
+    snat: SnatMode,
 }
 
 /// Why a description is not a service.
@@ -308,7 +331,12 @@ impl Service {
                 return Err(ServiceError::BackendTwice { service, backend: backend.address });
             }
         }
-        Ok(Self { name: service, frontends, backends, algorithm })
+        Ok(Self { name: service, frontends, backends, algorithm, snat: SnatMode::Auto })
+    }
+
+    #[must_use]
+    pub fn with_snat(self, snat: SnatMode) -> Self {
+        Self { snat, ..self }
     }
 
     #[must_use]
@@ -329,6 +357,11 @@ impl Service {
     #[must_use]
     pub const fn algorithm(&self) -> Algorithm {
         self.algorithm
+    }
+
+    #[must_use]
+    pub const fn snat(&self) -> SnatMode {
+        self.snat
     }
 }
 

@@ -9,8 +9,8 @@ use utoipa::ToSchema;
 
 use crate::{
     model::{
-        Algorithm, Backend, BackendState, Frontend, FrontendError, Service, ServiceError, Weight, WeightError,
-        parse_endpoint,
+        Algorithm, Backend, BackendState, Frontend, FrontendError, Service, ServiceError, SnatMode, Weight,
+        WeightError, parse_endpoint,
     },
     text::deserialize_text,
 };
@@ -38,16 +38,22 @@ pub struct ServiceSpec {
     #[serde(default)]
     #[schema(value_type = String, example = "maglev")]
     pub algorithm: Algorithm,
+    /// Which new flows get an address of the node as their source: `auto`, those whose replies would not come back through it; `always`
+    /// or `never`
+    #[serde(default)]
+    #[schema(value_type = String, example = "auto")]
+    pub snat: SnatMode,
 }
 
 impl ServiceSpec {
     /// The service it describes, checked.
     pub fn into_service(self) -> Result<Service, ServiceError> {
-        let Self { name, mut frontends, frontend, backends, algorithm } = self;
+        let Self { name, mut frontends, frontend, backends, algorithm, snat } = self;
         if let Some(frontend) = frontend {
             frontends.insert(0, frontend);
         }
-        Service::new(name, frontends, backends.into_iter().map(Backend::from).collect(), algorithm)
+        let backends = backends.into_iter().map(Backend::from).collect();
+        Ok(Service::new(name, frontends, backends, algorithm)?.with_snat(snat))
     }
 }
 
@@ -59,6 +65,7 @@ impl From<&Service> for ServiceSpec {
             frontend: None,
             backends: service.backends().iter().copied().map(BackendSpec::from).collect(),
             algorithm: service.algorithm(),
+            snat: service.snat(),
         }
     }
 }

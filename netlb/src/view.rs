@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use crate::{
     dataplane::{BackendCounters, Desired, Flow, ServiceStats},
     desired::{Claim, Conflict, Done},
-    model::{Algorithm, Frontend, Owner},
+    model::{Algorithm, Frontend, Owner, SnatMode},
 };
 
 pub const API_VERSION: &str = "netlb/v1";
@@ -43,6 +43,8 @@ pub struct ServiceView {
     pub frontends: Vec<Frontend>,
     #[schema(value_type = String)]
     pub algorithm: Algorithm,
+    #[schema(value_type = String)]
+    pub snat: SnatMode,
     /// `file` or `api`
     #[schema(value_type = String)]
     pub owner: Owner,
@@ -115,6 +117,7 @@ impl ServiceView {
             name: service.name().to_owned(),
             frontends: service.frontends().to_vec(),
             algorithm: service.algorithm(),
+            snat: service.snat(),
             owner: *owner,
             flows: counters.flows,
             active_flows: backends.iter().map(|backend| backend.active_flows).sum(),

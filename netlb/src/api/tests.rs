@@ -50,7 +50,7 @@ fn a_service_is_created_shown_listed_changed_and_removed() {
     assert_eq!(
         created,
         json!({
-            "name": "web", "frontends": ["10.96.0.1:80/tcp"], "algorithm": "maglev", "owner": "api",
+            "name": "web", "frontends": ["10.96.0.1:80/tcp"], "algorithm": "maglev", "snat": "auto", "owner": "api",
             "backends": [backend("10.244.0.1:80", 1), backend("10.244.0.2:80", 2)],
             "flows": 0, "activeFlows": 0, "packetsIn": 0, "bytesIn": 0, "packetsOut": 0, "bytesOut": 0,
         })
@@ -62,10 +62,18 @@ fn a_service_is_created_shown_listed_changed_and_removed() {
     assert_eq!(list["items"].as_array().unwrap().iter().map(|item| &item["name"]).collect::<Vec<_>>(), ["file", "web"]);
     let (status, patched) = call(&daemon, "PATCH", "/v1/services/web", r#"{"algorithm":"round-robin"}"#);
     assert_eq!((status, &patched["algorithm"]), (200, &json!("round-robin")));
+    let (status, patched) = call(&daemon, "PATCH", "/v1/services/web", r#"{"snat":"always"}"#);
+    assert_eq!((status, &patched["snat"], &patched["algorithm"]), (200, &json!("always"), &json!("round-robin")));
+    assert_eq!(call(&daemon, "GET", "/v1/services/web", ""), (200, patched.clone()));
+    let (status, _, message) = refused(&daemon, "PATCH", "/v1/services/web", r#"{"snat":"sometimes"}"#);
+    assert_eq!(status, 422);
+    assert!(message.contains("unknown variant `sometimes`, expected one of `auto`, `always`, `never`"), "{message}");
     assert_eq!(patched["backends"].as_array().unwrap().len(), 2);
     let (status, put) = call(&daemon, "PUT", "/v1/services/web", r#"{"frontend":"10.96.0.1:80/tcp"}"#);
     assert_eq!((status, &put["algorithm"], &put["backends"]), (200, &json!("maglev"), &json!([])));
-    assert_eq!(call(&daemon, "PUT", "/v1/services/new", r#"{"frontend":"10.96.0.2:80/tcp"}"#).0, 201);
+    assert_eq!(put["snat"], "auto", "what is not said is the default");
+    let (status, new) = call(&daemon, "PUT", "/v1/services/new", r#"{"frontend":"10.96.0.2:80/tcp","snat":"never"}"#);
+    assert_eq!((status, &new["snat"]), (201, &json!("never")));
     assert_eq!(call(&daemon, "DELETE", "/v1/services/web", "").0, 204);
     assert_eq!(daemon.dataplane.names(), ["file", "new"]);
 }

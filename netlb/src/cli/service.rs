@@ -6,7 +6,7 @@ use super::{output::Output, watch};
 use crate::{
     client::{Client, service_path},
     desired::ServicePatch,
-    model::{Algorithm, Frontend},
+    model::{Algorithm, Frontend, SnatMode},
     spec::{BackendSpec, ServiceSpec},
     view::{List, ServiceView},
 };
@@ -50,6 +50,9 @@ pub(super) struct Add {
     /// How a backend is chosen for a new flow
     #[arg(short, long, value_enum, default_value_t)]
     algorithm: AlgorithmArg,
+    /// Which new flows get an address of the node as their source
+    #[arg(long, value_enum, default_value_t)]
+    snat: SnatArg,
 }
 
 #[derive(Args, Debug)]
@@ -69,6 +72,9 @@ pub(super) struct Set {
     /// How a backend is chosen for a new flow
     #[arg(short, long, value_enum, group = "change")]
     algorithm: Option<AlgorithmArg>,
+    /// Which new flows get an address of the node as their source
+    #[arg(long, value_enum, group = "change")]
+    snat: Option<SnatArg>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
@@ -86,6 +92,26 @@ impl From<AlgorithmArg> for Algorithm {
             AlgorithmArg::Maglev => Self::Maglev,
             AlgorithmArg::Random => Self::Random,
             AlgorithmArg::RoundRobin => Self::RoundRobin,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum SnatArg {
+    /// Those whose replies would not come back through this node
+    #[default]
+    Auto,
+    Always,
+    /// None but those of a pod to itself: for backends whose replies come back through this node anyhow
+    Never,
+}
+
+impl From<SnatArg> for SnatMode {
+    fn from(snat: SnatArg) -> Self {
+        match snat {
+            SnatArg::Auto => Self::Auto,
+            SnatArg::Always => Self::Always,
+            SnatArg::Never => Self::Never,
         }
     }
 }
@@ -109,9 +135,10 @@ impl Service {
 
 impl Add {
     fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
-        let Self { vip, backends, name, mut frontends, algorithm } = self;
+        let Self { vip, backends, name, mut frontends, algorithm, snat } = self;
         frontends.insert(0, vip);
-        let spec = ServiceSpec { name, frontends, frontend: None, backends, algorithm: algorithm.into() };
+        let spec =
+            ServiceSpec { name, frontends, frontend: None, backends, algorithm: algorithm.into(), snat: snat.into() };
         let service: ServiceView = client.post("/v1/services", &spec)?;
         out.done(&service, || {
             let count = service.backends.len();
@@ -122,8 +149,14 @@ impl Add {
 
 impl Set {
     fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
-        let Self { reference: Reference { service }, name, frontends, backends, algorithm } = self;
-        let patch = ServicePatch { name, frontends, backends, algorithm: algorithm.map(Algorithm::from) };
+        let Self { reference: Reference { service }, name, frontends, backends, algorithm, snat } = self;
+        let patch = ServicePatch {
+            name,
+            frontends,
+            backends,
+            algorithm: algorithm.map(Algorithm::from),
+            snat: snat.map(SnatMode::from),
+        };
         let changed: ServiceView = client.patch(&service_path(&service), &patch)?;
         out.done(&changed, || format!("service {} changed", changed.name))
     }

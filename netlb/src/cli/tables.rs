@@ -37,6 +37,7 @@ impl View for List<ServiceView> {
         let mut headers = vec!["NAME", "FRONTENDS", "ALGORITHM", "BACKENDS", "FLOWS", "PACKETS", "BYTES", "OWNER"];
         if style.wide {
             headers.splice(5..7, ["TOTAL", "PACKETS-IN", "PACKETS-OUT", "BYTES-IN", "BYTES-OUT"]);
+            headers.insert(3, "SNAT");
             headers.push("PROBLEM");
         }
         let row = |service: &ServiceView| {
@@ -51,6 +52,7 @@ impl View for List<ServiceView> {
                 let counters =
                     [service.flows, service.packets_in, service.packets_out, service.bytes_in, service.bytes_out];
                 row.extend(counters.map(short));
+                row.insert(3, service.snat.to_string());
             } else {
                 row.push(short(service.packets_in + service.packets_out));
                 row.push(short(service.bytes_in + service.bytes_out));
@@ -75,11 +77,11 @@ impl View for ServiceView {
     /// Two levels: the service, and its backends below it.
     fn text(&self, style: Style) -> String {
         let mut text = String::new();
-        let Self { name, algorithm, owner, active_flows, flows, .. } = self;
+        let Self { name, algorithm, snat, owner, active_flows, flows, .. } = self;
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{name}  {}  {algorithm}  owner {owner}  {active_flows} flows of {flows}  in {} packets {} bytes  out {} packets {} bytes",
+            "{name}  {}  {algorithm}  snat {snat}  owner {owner}  {active_flows} flows of {flows}  in {} packets {} bytes  out {} packets {} bytes",
             frontends(self),
             short(self.packets_in),
             short(self.bytes_in),

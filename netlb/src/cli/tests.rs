@@ -69,7 +69,7 @@ file         10.96.9.9:80/tcp                    maglev          1/1      0     
     assert_eq!(
         ok(&daemon, "svc show 10.96.0.1:443/tcp"),
         "\
-default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev  owner api  1 flows of 1  in 10 packets 1000 bytes  out 1 packets 1 bytes
+default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev  snat auto  owner api  1 flows of 1  in 10 packets 1000 bytes  out 1 packets 1 bytes
   BACKEND          WEIGHT  STATE   ACTIVE  FLOWS
   10.244.0.1:8080       1  active       0      0
   10.244.0.2:8080       2  active       1      1
@@ -78,6 +78,35 @@ default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev  owner api  1 flows of 1
     assert_eq!(ok(&daemon, "svc set default/web --algorithm random"), "service default/web changed\n");
     assert_eq!(ok(&daemon, "svc delete default/web"), "service default/web removed\n");
     assert_eq!(daemon.dataplane.names(), ["file"]);
+}
+
+#[test]
+fn how_clients_get_an_address_of_the_node_is_chosen_and_shown() {
+    let daemon = TestDaemon::start(CONFIG);
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80 --snat always");
+    assert!(ok(&daemon, "svc show web").contains("  maglev  snat always  owner api  "));
+    let wide = ok(&daemon, "svc list -o wide");
+    let columns: Vec<Vec<_>> = wide.lines().map(|line| line.split_whitespace().skip(2).take(3).collect()).collect();
+    assert_eq!(
+        columns,
+        [["ALGORITHM", "SNAT", "BACKENDS"], ["maglev", "auto", "1/1"], ["maglev", "always", "1/1"]],
+        "{wide}"
+    );
+    ok(&daemon, "backend add web 10.244.0.2:80");
+    ok(&daemon, "svc set web --algorithm random");
+    let shown = |format: &str| ok(&daemon, &format!("svc show web -o {format}"));
+    assert_eq!(serde_json::from_str::<Value>(&shown("json")).unwrap()["snat"], "always", "still");
+    assert_eq!(ok(&daemon, "svc set web --snat never"), "service web changed\n");
+    assert!(shown("yaml").contains("\nsnat: never\n"));
+
+    let file = daemon.directory.path().join("services.toml");
+    let text = "[[service]]\nname = \"web\"\nfrontend = \"10.96.0.1:80/tcp\"\nsnat = \"always\"\n";
+    let apply = format!("apply -f {}", file.display());
+    std::fs::write(&file, text).unwrap();
+    assert!(ok(&daemon, &apply).starts_with("service web updated\n"));
+    assert_eq!(serde_json::from_str::<Value>(&shown("json")).unwrap()["snat"], "always");
+    std::fs::write(&file, text.replace("always", "auto")).unwrap();
+    assert!(ok(&daemon, &apply).starts_with("service web updated\n"), "for this alone");
 }
 
 #[test]
@@ -227,6 +256,7 @@ fn every_kind_of_failure_has_its_exit_code_and_hint() {
         ("backend set web 10.0.0.1:80 --weight 0", ExitCode::Usage, "weight 0 is not 1 to 1000", ""),
         ("backend set web 10.0.0.1:80 --weight 1", ExitCode::NotFound, "service web has no backend 10.0.0.1:80", ""),
         ("svc set web", ExitCode::Usage, "required", ""),
+        ("svc set web --snat sometimes", ExitCode::Usage, "invalid value 'sometimes' for '--snat <SNAT>'", ""),
         ("flows count --service nobody", ExitCode::NotFound, "service nobody not found", "`netlb svc list` shows all"),
         ("apply -f /none.toml", ExitCode::Failed, "cannot read /none.toml: No such file", ""),
         ("nonsense", ExitCode::Usage, "unrecognized subcommand", ""),

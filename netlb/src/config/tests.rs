@@ -1,7 +1,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::model::{Algorithm, BackendState};
+use crate::model::{Algorithm, BackendState, SnatMode};
 
 fn parse(text: &str) -> Config {
     Config::parse("netlb.toml", text).unwrap_or_else(|error| panic!("{error}"))
@@ -58,6 +58,7 @@ name = "web"
 frontends = ["10.96.0.10:80/tcp", "10.96.0.10:443/TCP"]
 backends = ["10.244.1.2:8080", "10.244.2.7:8080=2", { address = "10.244.2.8:8080", weight = 3, state = "draining" }]
 algorithm = "round-robin"
+snat = "always"
 [[service]]
 frontend = "[fd00::10]:53/udp"
 "#,
@@ -71,10 +72,10 @@ frontend = "[fd00::10]:53/udp"
     assert_eq!(config.log, Log { level: LogLevel::Debug, format: LogFormat::Json, dataplane: LogLevel::Warn });
     let [web, dns] = &config.services[..] else { panic!("{:?}", config.services) };
     assert_eq!(web.name(), "web");
-    assert_eq!(web.algorithm(), Algorithm::RoundRobin);
+    assert_eq!((web.algorithm(), web.snat()), (Algorithm::RoundRobin, SnatMode::Always));
     assert_eq!(web.backends().iter().map(|b| b.weight.get()).collect::<Vec<_>>(), [1, 2, 3]);
     assert_eq!(web.backends()[2].state, BackendState::Draining);
-    assert_eq!(dns.name(), "[fd00::10]:53/udp");
+    assert_eq!((dns.name(), dns.snat()), ("[fd00::10]:53/udp", SnatMode::Auto));
 }
 
 #[test]
@@ -82,7 +83,7 @@ fn an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one() {
     assert_eq!(
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackend = [\"10.244.1.2:8080\"]\n"),
         "\
-netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `backends`, `algorithm`
+netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `backends`, `algorithm`, `snat`
   |
 3 | backend = [\"10.244.1.2:8080\"]
   | ^^^^^^^
@@ -114,6 +115,11 @@ netlb.toml:2:14: unknown variant `quick`, expected `fast` or `stack`
   |
 2 | forwarding = \"quick\"
   |              ^^^^^^^"
+    );
+    let error = refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nsnat = \"sometimes\"\n");
+    assert!(
+        error.starts_with("netlb.toml:3:8: unknown variant `sometimes`, expected one of `auto`, `always`, `never`"),
+        "{error}"
     );
     let error =
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackends = [\"10.0.0.1:1\", \"10.0.0.2:1=0\"]\n");

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::DesiredState;
 use crate::{
-    model::{Algorithm, Backend, BackendState, Frontend, Owner, Service, ServiceError, Weight},
+    model::{Algorithm, Backend, BackendState, Frontend, Owner, Service, ServiceError, SnatMode, Weight},
     nearest::nearest,
     spec::{BackendSpec, ServiceSpec},
 };
@@ -69,6 +69,9 @@ pub struct ServicePatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub algorithm: Option<Algorithm>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub snat: Option<SnatMode>,
 }
 
 /// The parts of a backend to replace.
@@ -302,21 +305,23 @@ fn is_unnamed(service: &Service) -> bool {
 }
 
 fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, ServiceError> {
-    let ServicePatch { name, frontends, backends, algorithm } = patch.clone();
+    let ServicePatch { name, frontends, backends, algorithm, snat } = patch.clone();
     let old_name = (!is_unnamed(old)).then(|| old.name().to_owned());
-    Service::new(
+    let service = Service::new(
         name.or(old_name),
         frontends.unwrap_or_else(|| old.frontends().to_vec()),
         backends.map_or_else(|| old.backends().to_vec(), |new| new.into_iter().map(Backend::from).collect()),
         algorithm.unwrap_or(old.algorithm()),
-    )
+    )?;
+    Ok(service.with_snat(snat.unwrap_or(old.snat())))
 }
 
 fn with_backends(service: &Service, edit: impl FnOnce(&mut Vec<Backend>)) -> Result<Vec<Edit>, ChangeError> {
     let mut backends = service.backends().to_vec();
     edit(&mut backends);
     let (name, frontends) = (service.name().to_owned(), service.frontends().to_vec());
-    Ok(vec![Edit::Put(Arc::new(Service::new(Some(name), frontends, backends, service.algorithm())?))])
+    let changed = Service::new(Some(name), frontends, backends, service.algorithm())?.with_snat(service.snat());
+    Ok(vec![Edit::Put(Arc::new(changed))])
 }
 
 fn find_backend(service: &Service, address: SocketAddr) -> Result<usize, ChangeError> {

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::{Algorithm, Backend, Weight},
+    model::{Algorithm, Backend, SnatMode, Weight},
     spec::ServiceSpec,
 };
 
@@ -165,6 +165,34 @@ fn backends_are_added_changed_and_removed_one_by_one() {
     change(&mut state, remove.clone()).unwrap();
     let error = change(&mut state, remove).unwrap_err();
     assert_eq!(error.hint().unwrap(), "nearest is 10.244.0.1:80; `netlb backend list web` shows all");
+}
+
+#[test]
+fn a_change_of_one_part_leaves_the_others() {
+    let mut state = state(&[], &[service("web", &[A]).with_snat(SnatMode::Always)]);
+    let address = "10.244.0.2:80".parse().unwrap();
+    let backend = Backend { address, weight: Weight::ONE, state: Default::default() };
+    let parts = |state: &DesiredState| {
+        let (service, _) = state.find("web").unwrap();
+        (service.algorithm(), service.snat(), service.backends().len())
+    };
+    let patch = |patch| Change::Patch { reference: "web".into(), patch };
+    change(&mut state, Change::AddBackend { reference: "web".into(), backend }).unwrap();
+    assert_eq!(parts(&state), (Algorithm::Maglev, SnatMode::Always, 2));
+    let random = ServicePatch { algorithm: Some(Algorithm::Random), ..Default::default() };
+    change(&mut state, patch(random)).unwrap();
+    assert_eq!(parts(&state), (Algorithm::Random, SnatMode::Always, 2));
+    let never = patch(ServicePatch { snat: Some(SnatMode::Never), ..Default::default() });
+    assert_eq!(change(&mut state, never.clone()).unwrap().updated, ["web"]);
+    assert_eq!(parts(&state), (Algorithm::Random, SnatMode::Never, 2));
+    assert_eq!(change(&mut state, never).unwrap().unchanged, ["web"]);
+}
+
+#[test]
+fn a_file_service_that_lost_a_frontend_is_otherwise_what_it_was() {
+    let mut state = state(&[], &[service("api", &[A])]);
+    state.set_file(vec![service("file", &[A, B]).with_snat(SnatMode::Never)]);
+    assert_eq!(*state.find_served(B).unwrap().service, service("file", &[B]).with_snat(SnatMode::Never));
 }
 
 #[test]

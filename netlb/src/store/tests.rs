@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::Algorithm;
+use crate::model::{Algorithm, SnatMode};
 
 fn service(name: &str, frontend: &str) -> Service {
     Service::new(Some(name.to_owned()), vec![frontend.parse().unwrap()], vec![], Algorithm::Random).unwrap()
@@ -13,6 +13,30 @@ fn what_was_saved_is_read_and_a_missing_file_is_empty() {
     let saved = [service("a", "10.0.0.1:1/tcp"), service("b", "[fd00::1]:1/udp")];
     store.save(saved.iter()).unwrap();
     assert_eq!(Store::open(&store.directory).unwrap().1, saved);
+}
+
+#[test]
+fn how_clients_get_an_address_of_the_node_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut store, _) = Store::open(directory.path()).unwrap();
+    let mut all = vec![service("a", "10.0.0.1:1/tcp").with_snat(SnatMode::Never)];
+    store.save(all.iter()).unwrap();
+    all.push(service("b", "10.0.0.2:1/tcp").with_snat(SnatMode::Always));
+    append(&mut store, "b", &all).unwrap();
+    assert_eq!(reopen(&store).1, all);
+}
+
+#[test]
+fn services_kept_before_there_was_a_choice_of_snat_have_the_default() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(directory.path()).unwrap();
+    let snapshot = r#"{"version":1,"journal":1,"services":[{"name":"a","frontends":["10.0.0.1:1/tcp"],"backends":[],"algorithm":"random"}]}"#;
+    let journal =
+        r#"898f98aa [{"put":{"name":"b","frontends":["10.0.0.2:1/tcp"],"backends":[],"algorithm":"random"}}]"#;
+    fs::write(store.path(), snapshot).unwrap();
+    fs::write(directory.path().join(journal_name(1)), format!("{journal}\n")).unwrap();
+    let expected = [service("a", "10.0.0.1:1/tcp"), service("b", "10.0.0.2:1/tcp")];
+    assert_eq!(reopen(&store).1, expected);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use netlb_common::{
 };
 
 use super::*;
-use crate::model::{Algorithm, BackendState};
+use crate::model::{Algorithm, BackendState, SnatMode};
 
 /// What a change has written so far.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl<M: Maps> Programmer<M> {
             change.members.push(Part { protocol, region });
         }
         for frontend in service.frontends() {
-            self.write_config(change, frontend_key(frontend), service.algorithm(), members, ring)?;
+            self.write_config(change, frontend_key(frontend), service, members, ring)?;
         }
         self.write_owners(change)
     }
@@ -188,7 +188,7 @@ impl<M: Maps> Programmer<M> {
         &mut self,
         change: &mut Change,
         key: EndpointKey,
-        algorithm: Algorithm,
+        service: &Service,
         members: &Members,
         ring: &[u16],
     ) -> Result<(), ApplyError> {
@@ -205,12 +205,16 @@ impl<M: Maps> Programmer<M> {
             ring_len: ring.len() as u32,
             members: region.unwrap_or_default(),
             members_len: region.map_or(0, |_| members.len() as u32),
-            algorithm: match algorithm {
+            algorithm: match service.algorithm() {
                 Algorithm::Maglev => algorithm::MAGLEV,
                 Algorithm::Random => algorithm::RANDOM,
                 Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
             },
-            flags: 0,
+            flags: match service.snat() {
+                SnatMode::Auto => 0,
+                SnatMode::Always => Config::SNAT_ALWAYS,
+                SnatMode::Never => Config::SNAT_NEVER,
+            },
             pad: 0,
         };
         if in_force.is_some_and(|served| served.config == config) {

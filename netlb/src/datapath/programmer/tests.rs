@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     dataplane::{FlowFilter, ServiceStats},
-    model::{self, Algorithm, BackendState, Owner, Weight},
+    model::{self, Algorithm, BackendState, Owner, SnatMode, Weight},
 };
 
 const ROOMY: Sizes = Sizes {
@@ -121,7 +121,9 @@ impl Bench {
         let expected: Vec<_> = ring.iter().map(|slot| addresses[usize::from(*slot)]).collect();
         for frontend in service.frontends() {
             let key = frontend_key(frontend);
-            let slots = maps.slots(&maps.in_force(&key).unwrap_or_else(|| panic!("{frontend} is not served")));
+            let config = maps.in_force(&key).unwrap_or_else(|| panic!("{frontend} is not served"));
+            assert_eq!(config.flags, snat_flags(service.snat()), "{frontend}");
+            let slots = maps.slots(&config);
             let got: Vec<_> = slots.iter().map(|backend| socket_address(backend.addr, backend.port)).collect();
             assert_eq!(got, expected, "{frontend}");
             for backend in service.backends() {
@@ -166,6 +168,19 @@ fn with_algorithm(name: &str, frontends: &[&str], backends: &[&str], algorithm: 
     let backends = backends.iter().map(backend).collect();
     let service = Service::new(Some(name.to_owned()), frontends, backends, algorithm).unwrap();
     Desired { service: service.into(), owner: Owner::Api }
+}
+
+fn with_snat(desired: Desired, snat: SnatMode) -> Desired {
+    let service = (*desired.service).clone().with_snat(snat);
+    Desired { service: service.into(), ..desired }
+}
+
+fn snat_flags(snat: SnatMode) -> u32 {
+    match snat {
+        SnatMode::Auto => 0,
+        SnatMode::Always => Config::SNAT_ALWAYS,
+        SnatMode::Never => Config::SNAT_NEVER,
+    }
 }
 
 const WEB: &str = "10.96.0.10:80/tcp";
@@ -242,6 +257,26 @@ fn a_change_is_whole_before_it_is_in_force() {
     assert!(order.is_sorted(), "{log:?}");
     assert!(!log.iter().any(|op| matches!(op, Op::Flags(id, _) | Op::Backend(id) if *id == a)), "{log:?}");
     assert_eq!(log.iter().filter(|op| matches!(op, Op::Service(_) | Op::RemoveService(_))).count(), 1);
+}
+
+#[test]
+fn a_change_of_snat_alone_is_a_new_record_put_in_force() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B])]);
+    assert_eq!(bench.config(WEB).flags, 0);
+    for (snat, flags) in
+        [(SnatMode::Always, Config::SNAT_ALWAYS), (SnatMode::Never, Config::SNAT_NEVER), (SnatMode::Auto, 0)]
+    {
+        let before = bench.config(WEB);
+        bench.log();
+        assert_eq!(bench.serve(&[with_snat(web(&[A, B]), snat)]), 1);
+        let log = bench.log();
+        let [Op::Config(_), Op::Service(of)] = log[..] else { panic!("{snat}: {log:?}") };
+        assert_eq!(of, key(WEB));
+        let config = bench.config(WEB);
+        assert_eq!(config, Config { flags, generation: config.generation, ..before }, "{snat}");
+        assert_ne!(config.generation, before.generation, "{snat}");
+    }
 }
 
 #[test]
@@ -648,6 +683,8 @@ fn a_new_daemon_goes_on_from_the_maps() {
         ),
         service("six", &["[fd00::10]:80/tcp"], &["[fd00::1]:8080"]),
         service("empty", &["10.96.0.99:80/tcp"], &[]),
+        with_snat(service("always", &["10.96.0.97:80/tcp"], &[A]), SnatMode::Always),
+        with_snat(service("never", &["10.96.0.98:80/tcp"], &[A]), SnatMode::Never),
     ];
     let mut bench = Bench::new();
     bench.serve(&desired);
@@ -912,17 +949,18 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let backend = (1..6_u8, prop_oneof![Just(""), Just("*2"), Just("*7"), Just(" draining")]);
     let backends = prop::collection::btree_map(backend.0, backend.1, 0..5);
     let algorithm = prop_oneof![Just(Algorithm::Maglev), Just(Algorithm::Random), Just(Algorithm::RoundRobin)];
+    let snat = prop_oneof![4 => Just(SnatMode::Auto), 1 => Just(SnatMode::Always), 1 => Just(SnatMode::Never)];
     // Each frontend goes to one of the services, or to none.
     let owners = prop::collection::vec(0..5_usize, FRONTENDS.len());
-    let desired = (owners, prop::collection::vec((backends, algorithm), 4)).prop_map(|(owners, services)| {
-        let desired = services.into_iter().enumerate().filter_map(|(number, (backends, algorithm))| {
+    let desired = (owners, prop::collection::vec((backends, algorithm, snat), 4)).prop_map(|(owners, services)| {
+        let desired = services.into_iter().enumerate().filter_map(|(number, (backends, algorithm, snat))| {
             let mine = |(frontend, owner): (&&'static str, &usize)| (*owner == number).then_some(*frontend);
             let frontends: Vec<_> = FRONTENDS.iter().zip(&owners).filter_map(mine).collect();
             let backends: Vec<_> =
                 backends.into_iter().map(|(host, suffix)| format!("10.244.0.{host}:8080{suffix}")).collect();
             let backends: Vec<_> = backends.iter().map(String::as_str).collect();
             let name = format!("s{number}");
-            (!frontends.is_empty()).then(|| with_algorithm(&name, &frontends, &backends, algorithm))
+            (!frontends.is_empty()).then(|| with_snat(with_algorithm(&name, &frontends, &backends, algorithm), snat))
         });
         desired.collect::<Vec<_>>()
     });
