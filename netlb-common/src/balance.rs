@@ -62,11 +62,11 @@ pub struct Candidate {
 
 /// Whether a packet may be of a service. Most that are not end here.
 #[inline(always)]
-pub fn candidate<A: Family>(tables: &impl Tables, tuple: &Tuple<A>) -> Option<Candidate> {
+pub fn candidate<A: Family>(tables: &impl Tables, source: A, destination: A) -> Option<Candidate> {
     let bits = tables.filter_bits_log2();
     let candidate = Candidate {
-        to_frontend: tables.filter_has(filter::bit(tuple.destination, Kind::Frontend, bits)),
-        from_backend: tables.filter_has(filter::bit(tuple.source, Kind::Backend, bits)),
+        to_frontend: tables.filter_has(filter::bit(destination, Kind::Frontend, bits)),
+        from_backend: tables.filter_has(filter::bit(source, Kind::Backend, bits)),
     };
     (candidate.to_frontend || candidate.from_backend).then_some(candidate)
 }

@@ -49,6 +49,9 @@ pub trait Family: Address {
     const ADDRESSES: usize;
     const HEADER_LEN: usize;
 
+    /// Reads source and destination of the packet whose Ethernet type is this family's: all that most packets are looked at for.
+    fn addresses(packet: &(impl PacketBytes + ?Sized)) -> Result<(Self, Self), Ignore>;
+
     /// Reads the packet whose Ethernet type is this family's.
     fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore>;
 }
@@ -56,6 +59,12 @@ pub trait Family: Address {
 impl Family for Ipv4Be {
     const ADDRESSES: usize = ipv4::SOURCE;
     const HEADER_LEN: usize = ipv4::LEN;
+
+    #[inline(always)]
+    fn addresses(packet: &(impl PacketBytes + ?Sized)) -> Result<(Self, Self), Ignore> {
+        let ip = Ipv4::at(packet, NETWORK)?;
+        Ok((ip.source(), ip.destination()))
+    }
 
     #[inline(always)]
     fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore> {
@@ -86,6 +95,12 @@ impl Family for Ipv4Be {
 impl Family for Ipv6Be {
     const ADDRESSES: usize = ipv6::SOURCE;
     const HEADER_LEN: usize = ipv6::LEN;
+
+    #[inline(always)]
+    fn addresses(packet: &(impl PacketBytes + ?Sized)) -> Result<(Self, Self), Ignore> {
+        let ip = Ipv6::at(packet, NETWORK)?;
+        Ok((ip.source(), ip.destination()))
+    }
 
     #[inline(always)]
     fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore> {

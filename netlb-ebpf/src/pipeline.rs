@@ -26,10 +26,11 @@ pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Parts {}
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
 
+/// What was read, or why not, in a counter.
 #[inline(always)]
-fn parse<A: Packet>(frame: &impl Frame) -> Option<Parsed<A>> {
-    match A::parse(frame) {
-        Ok(packet) => Some(packet),
+fn read<T>(result: Result<T, Ignore>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
         Err(why) => {
             match why {
                 Ignore::Fragment => maps::count(Counter::Fragment),
@@ -49,14 +50,15 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     can_leave_by: impl Fn(u16) -> bool,
 ) -> (Verdict, Option<&'a mut Work<A>>) {
     const PASS: Verdict = Verdict::Pass;
+    let Some((source, destination)) = read(A::addresses(frame)) else { return (PASS, None) };
+    let Some(candidate) = balance::candidate(&Kernel, source, destination) else { return (PASS, None) };
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
-    let Some(packet) = parse::<A>(frame) else { return (PASS, None) };
+    let Some(packet) = read(A::parse(frame)) else { return (PASS, None) };
     // SAFETY: this CPU's; a field is written before it is read.
     let work = unsafe {
         (&raw mut (*place).packet).write(packet);
         &mut *maps::forget(place)
     };
-    let Some(candidate) = balance::candidate(&Kernel, &work.packet.tuple) else { return (PASS, None) };
     // The kernel says "time exceeded", of the packet as its sender knows it.
     if work.packet.ttl <= 1 && scope != Scope::Replies {
         maps::count(Counter::TtlExpired);

@@ -22,14 +22,15 @@ use crate::frame::{Refused, Skb, Writable, Xdp};
 
 /// A family whose packets can be rewritten.
 pub(crate) trait Rewrite: Family {
-    /// Writes the IP header: both addresses and the hops left. `delta` is the addresses' change.
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused>;
+    /// Writes the IP header: both addresses and the hops left. `delta` is the addresses' change. Says whether the ports were written as well.
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<bool, Refused>;
 }
 
 /// What the packet shall say.
 pub(crate) struct Ends<A> {
     pub(crate) source: A,
     pub(crate) destination: A,
+    pub(crate) ports: [PortBe; 2],
     pub(crate) ttl: u8,
 }
 
@@ -78,13 +79,16 @@ pub(crate) fn rewrite<A: Rewrite>(
     } else {
         (packet.transport + udp::CHECK, BPF_F_MARK_MANGLED_0 as u64)
     };
-    A::write_header(frame, packet, &Ends { source: new.source, destination: new.destination, ttl }, addresses)?;
+    let Tuple { source, destination, .. } = new;
+    let has_ports = A::write_header(frame, packet, &Ends { source, destination, ports: ends(&new), ttl }, addresses)?;
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
     frame.replace_checksum(check, 0, addresses.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
     let (old, new) = (ends(&packet.tuple), ends(&new));
     if old != new {
         frame.replace_checksum(check, 0, ports.0 as u64, mangled)?;
-        frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
+        if !has_ports {
+            frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
+        }
     }
     Ok(())
 }
@@ -96,16 +100,17 @@ const fn ends<A>(tuple: &Tuple<A>) -> [PortBe; 2] {
 
 impl Rewrite for Ipv4Be {
     #[inline(always)]
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<(), Refused> {
-        /// From the time to live to the destination (RFC 791 §3.1).
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<bool, Refused> {
+        /// From the time to live to the destination (RFC 791 §3.1), and on to the ports where there are no options: each call costs.
         #[repr(C)]
-        struct Part {
+        struct Part<T> {
             ttl_and_protocol: [u8; 2],
             check: u16,
             source: Ipv4Be,
             destination: Ipv4Be,
+            ports: T,
         }
-        const { assert!(ipv4::TTL + size_of::<Part>() == ipv4::LEN) };
+        const { assert!(ipv4::TTL + size_of::<Part<()>>() == ipv4::LEN && size_of::<Part<[PortBe; 2]>>() == 16) };
         let protocol = packet.tuple.protocol;
         let hops = Delta::half(u16::from_ne_bytes([packet.ttl, protocol]), u16::from_ne_bytes([new.ttl, protocol]));
         let part = Part {
@@ -113,19 +118,28 @@ impl Rewrite for Ipv4Be {
             check: checksum::update(packet.ip_check, delta.plus(hops)),
             source: new.source,
             destination: new.destination,
+            ports: new.ports,
         };
-        frame.store(NETWORK + ipv4::TTL, &part, 0)
+        let has_ports = packet.transport == NETWORK + ipv4::LEN;
+        if has_ports {
+            frame.store(NETWORK + ipv4::TTL, &part, 0)?;
+        } else {
+            let Part { ttl_and_protocol, check, source, destination, .. } = part;
+            frame.store(NETWORK + ipv4::TTL, &Part { ttl_and_protocol, check, source, destination, ports: () }, 0)?;
+        }
+        Ok(has_ports)
     }
 }
 
 impl Rewrite for Ipv6Be {
     #[inline(always)]
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, _: Delta) -> Result<(), Refused> {
+    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, _: Delta) -> Result<bool, Refused> {
         let recompute = BPF_F_RECOMPUTE_CSUM as u64;
         if new.ttl != packet.ttl {
             frame.store(NETWORK + ipv6::HOP_LIMIT, &new.ttl, recompute)?;
         }
-        frame.store(NETWORK + ipv6::SOURCE, &[new.source.0, new.destination.0], recompute)
+        frame.store(NETWORK + ipv6::SOURCE, &[new.source.0, new.destination.0], recompute)?;
+        Ok(false)
     }
 }
 

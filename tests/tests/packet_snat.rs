@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use netlb::config::{Forwarding, Limits};
 use netlb::datapath::kernel::testing::Program;
+use netlb::model::SnatMode;
 use netlb_common::conntrack::Direction;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
@@ -205,5 +206,37 @@ fn with_nearly_every_port_taken_new_connections_find_one() -> TestResult {
     let flows = lab.count_flows();
     assert!(flows * 1000 >= u64::from(ports) * 995, "{flows} of {ports} ports are in use in the end");
     assert!(lab.count(Counter::SnatExhausted) > 0);
+    Ok(())
+}
+
+#[test]
+fn a_service_says_who_gets_another_source() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for case in CASES {
+        let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+        let first = |lab: &Lab| {
+            let out = lab.from_clients(case.packet(client, vip).frame());
+            assert_eq!((out.verdict, destination(&out.frame)), (REDIRECT, backend), "{case}");
+            source(&out.frame)
+        };
+        // The backend is outside, or in a pod of this node.
+        for (outside, mode, is_given) in [
+            (true, SnatMode::Auto, true),
+            (true, SnatMode::Never, false),
+            (true, SnatMode::Always, true),
+            (false, SnatMode::Auto, false),
+            (false, SnatMode::Never, false),
+            (false, SnatMode::Always, true),
+        ] {
+            let role = if outside { role::UPLINK } else { role::POD };
+            lab.harness.set_interface(BACKENDS, Interface { role, ..Interface::default() })?;
+            lab.begin([case.service(&[3]).with_snat(mode)]);
+            let seen = first(&lab);
+            assert_eq!(seen != client, is_given, "{case}: {mode:?}, outside: {outside}: {seen}");
+            let reply = lab.from_backends(case.segment(backend, seen, SYN_ACK).frame());
+            assert_eq!((source(&reply.frame), destination(&reply.frame)), (vip, client), "{case}: {mode:?}");
+        }
+    }
     Ok(())
 }
