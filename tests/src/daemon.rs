@@ -89,17 +89,24 @@ impl Service {
 pub struct Config {
     uplinks: Vec<String>,
     forwarding: Forwarding,
+    xdp: &'static str,
     services: Vec<Service>,
     extra: String,
 }
 
 impl Config {
     pub fn new(node: &Node, forwarding: Forwarding) -> Self {
-        Self { uplinks: node.uplinks().to_vec(), forwarding, services: Vec::new(), extra: String::new() }
+        Self { uplinks: node.uplinks().to_vec(), forwarding, xdp: "off", services: Vec::new(), extra: String::new() }
     }
 
     pub fn service(mut self, service: Service) -> Self {
         self.services.push(service);
+        self
+    }
+
+    /// Where XDP runs on uplinks.
+    pub fn xdp(mut self, mode: &'static str) -> Self {
+        self.xdp = mode;
         self
     }
 
@@ -111,8 +118,8 @@ impl Config {
 
     pub fn to_toml(&self) -> String {
         let mut toml = format!(
-            "[node]\npod_interfaces = [\"pod-*\"]\nuplinks = {:?}\nforwarding = \"{}\"\n",
-            self.uplinks, self.forwarding
+            "[node]\npod_interfaces = [\"pod-*\"]\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
+            self.uplinks, self.forwarding, self.xdp
         );
         for Service { name, frontends, backends, algorithm } in &self.services {
             let backends: Vec<_> = backends

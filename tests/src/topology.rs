@@ -200,8 +200,7 @@ pub struct Testbed {
     plan: Plan,
     nodes: Vec<Node>,
     outside: Option<Namespace>,
-    /// The underlay's switch; held for its Drop.
-    _switch: Option<Namespace>,
+    switch: Option<Namespace>,
 }
 
 impl Testbed {
@@ -216,7 +215,7 @@ impl Testbed {
             Some(switch) if plan.outside => Some(outside_client(number, &plan, switch)?),
             _ => None,
         };
-        Ok(Self { number, plan, nodes, outside, _switch: switch })
+        Ok(Self { number, plan, nodes, outside, switch })
     }
 
     pub fn layout(&self) -> Layout {
@@ -237,6 +236,11 @@ impl Testbed {
     /// The client outside of the cluster.
     pub fn outside(&self) -> Result<&Namespace> {
         self.outside.as_ref().context("the testbed was planned without an outside client")
+    }
+
+    /// The underlay's switch. Its ports are called `to-` and the host's letter or `outside`.
+    pub fn switch(&self) -> Result<&Namespace> {
+        self.switch.as_ref().context("a testbed of one node without an outside client has no switch")
     }
 
     /// The host that backends are to be on so that traffic between it and node A takes the longest way.

@@ -4,7 +4,7 @@ use netlb_integration::clients;
 use netlb_integration::daemon::{Config, Forwarding, Netlb};
 use netlb_integration::servers::{self, Protocol, Server};
 use netlb_integration::testing::TestResult;
-use netlb_integration::topology::{Family, Host, Layout, Plan, vip};
+use netlb_integration::topology::{Family, Host, Layout, Plan, Testbed, vip};
 
 use anyhow::{Context, Result};
 use std::net::SocketAddr;
@@ -56,6 +56,49 @@ fn a_client_outside_is_served_by_backends_of_other_nodes() -> TestResult {
         }
         assert_eq!(counter(&netlb, "needs_snat")?, 0);
     }
+    Ok(())
+}
+
+/// Hosts on a wire leave no checksum to anybody: only such packets are XDP's. What is for a pod goes up to TC.
+#[test]
+fn xdp_sends_what_leaves_by_the_uplink_again() -> TestResult {
+    for mode in ["generic", "native"] {
+        let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
+        let (near, far) = (bed.pod(Host::A, "near")?, bed.pod(Host::B, "far")?);
+        let servers = [servers::nginx(&near, 8080)?, servers::nginx(&far, 8080)?];
+        far.offload(&["tx-checksum-ip-generic"], false)?;
+        let outside = bed.outside()?;
+        outside.command("ethtool").args(["-K", "eth0", "tx-checksum-ip-generic", "off"]).run()?.success()?;
+        let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), Forwarding::Fast).xdp(mode))?;
+        let status = netlb.must(["status"])?;
+        assert!(status.contains("xdp, tcx"), "{mode}: {status}");
+        if mode == "native" {
+            receive_from_xdp(&bed)?;
+        }
+        for family in Family::BOTH {
+            for (server, is_far) in servers.iter().zip([false, true]) {
+                let vip = serve(&netlb, family, std::slice::from_ref(server))?;
+                let before = counter(&netlb, "sent_by_xdp")?;
+                for _ in 0..10 {
+                    let answer = clients::curl(outside, vip).with_context(|| format!("{mode}, {family}"))?;
+                    assert_eq!(answer.backend, server.addr(family), "{mode}");
+                }
+                let sent = counter(&netlb, "sent_by_xdp")? - before;
+                assert_eq!(sent >= 80, is_far, "{mode}, {family}: {sent} packets for a backend that is far: {is_far}");
+                netlb.must(["svc", "rm", &name(family)])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Has the switch take what node A sends by XDP: a veth drops it unless its other end has a program. The node's own lets everything pass there.
+fn receive_from_xdp(bed: &Testbed) -> Result<()> {
+    let link = bed.node_a().ns.command("ip").args(["-json", "link", "show", "up0"]).run()?.success()?;
+    let link: serde_json::Value = serde_json::from_str(&link.stdout)?;
+    let program = link[0]["xdp"]["prog"]["id"].as_u64().context("no program on up0")?.to_string();
+    let attach = ["net", "attach", "xdpdrv", "id", &program, "dev", "to-a"];
+    bed.switch()?.command("bpftool").args(attach).run()?.success()?;
     Ok(())
 }
 
