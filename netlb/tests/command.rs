@@ -21,7 +21,8 @@ fn netlb(arguments: &[&str]) -> Command {
 /// Without privileges, whoever runs the tests. The binary may lie where others cannot go, so it is run from a copy.
 fn unprivileged(directory: &Path, arguments: &[&str]) -> Output {
     let copy = directory.join("netlb");
-    fs::copy(env!("CARGO_BIN_EXE_netlb"), &copy).unwrap();
+    // By another process: what another test starts meanwhile would hold the file open for writing until it runs, and so keep this from running.
+    assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_netlb")).arg(&copy).status().unwrap().success());
     fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new(copy);
     command.args(arguments).env_remove("NETLB_SOCKET").stdin(Stdio::null());
