@@ -56,12 +56,10 @@ pub(crate) fn dispatch<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
     if !way.has(Way::XDP) || frame.datagram_len(packet) > way.mtu {
         return Xdp::PASS;
     }
-    let len = frame.len() as u64;
     if rewrite_in_place(frame, packet, translation, &way).is_err() {
         return Xdp::PASS;
     }
-    let is_reply = translation.direction == netlb_common::conntrack::Direction::Reply;
-    maps::count_packets(translation.service, is_reply, 1, len);
+    pipeline::account(frame, translation);
     maps::count(Counter::SentByXdp);
     if way.interface == input {
         return XDP_TX as i32;
