@@ -115,6 +115,11 @@ impl Layout {
         Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
     }
 
+    /// The same for programs that serve no sockets.
+    pub(super) const fn without_sockets(self) -> Self {
+        Self { sockets: LEAST_SOCKETS, ..self }
+    }
+
     pub(super) const fn flow_buckets(&self) -> u32 {
         1 << self.flow_buckets_log2
     }
@@ -226,7 +231,7 @@ mod tests {
             [
                 ("SERVICES", 16_384),
                 ("CONFIGS", 32_832),
-                ("RINGS", 524_288),
+                ("RINGS", 393_216),
                 ("MEMBERS", 32_768),
                 ("BACKENDS", 131_073),
                 ("FRONTENDS", 32_769),

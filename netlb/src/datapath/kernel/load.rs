@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io,
+    fs, io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
 };
@@ -18,7 +18,7 @@ use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta};
 use super::{
     layout::{Layout, Spec, settings, timeouts},
     maps::{KernelMaps, io_error, take},
-    pins::Pins,
+    pins::{Pins, ignore_missing},
     sockets::{self, Programs},
     syscall::{self, Direction},
 };
@@ -70,7 +70,7 @@ impl Unfinished {
 
 /// Loads the programs and pins their maps.
 pub(super) fn load(options: &Options<'_>, pins: &Pins) -> anyhow::Result<Loaded> {
-    let layout = Layout::new(options.limits);
+    let layout = layout(options);
     pins.recover(|directory| read_meta(directory).is_ok_and(|meta| meta.abi_version != 0))
         .context("cannot tidy up the pinned maps")?;
     let adopted = match adoptable(&pins.maps(), &layout)? {
@@ -99,8 +99,13 @@ pub(super) fn load(options: &Options<'_>, pins: &Pins) -> anyhow::Result<Loaded>
 
 /// Loads the programs with maps that end with them.
 pub(super) fn load_unpinned(options: &Options<'_>) -> anyhow::Result<Loaded> {
-    let layout = Layout::new(options.limits);
+    let layout = layout(options);
     load_into(options, &layout, new_meta(&layout)?, None, false)
+}
+
+fn layout(options: &Options<'_>) -> Layout {
+    let layout = Layout::new(options.limits);
+    if options.sockets == SocketScope::Off { layout.without_sockets() } else { layout }
 }
 
 fn new_meta(layout: &Layout) -> anyhow::Result<Meta> {
@@ -177,6 +182,7 @@ fn load_into(
 }
 
 const XDP: &str = "netlb_xdp";
+const SOCKETS: &str = "SOCKETS";
 
 pub(super) const fn program_name(direction: Direction) -> &'static str {
     match direction {
@@ -269,13 +275,26 @@ fn adoptable(directory: &Path, layout: &Layout) -> anyhow::Result<Adoptable> {
         return Ok(Adoptable::Differs(vec![format!("the maps' layout changed from {abi_version} to {ABI_VERSION}")]));
     }
     let mut differences = Vec::new();
+    let mut has_other_sockets = false;
     for spec in layout.maps() {
-        match MapInfo::from_pin(directory.join(spec.name)) {
-            Ok(info) => differences.extend(difference(&spec, &info)),
-            Err(error) => differences.push(format!("map {} is gone ({})", spec.name, io_error(error))),
+        let found = match MapInfo::from_pin(directory.join(spec.name)) {
+            Ok(info) => difference(&spec, &info),
+            Err(error) => Some(format!("map {} is gone ({})", spec.name, io_error(error))),
+        };
+        if spec.name == SOCKETS {
+            has_other_sockets = found.is_some();
+        } else {
+            differences.extend(found);
         }
     }
-    Ok(if differences.is_empty() { Adoptable::This(meta) } else { Adoptable::Differs(differences) })
+    if !differences.is_empty() {
+        return Ok(Adoptable::Differs(differences));
+    }
+    // Its size depends on whether sockets are served at all: it is made anew beside the others.
+    if has_other_sockets {
+        ignore_missing(fs::remove_file(directory.join(SOCKETS))).context("cannot remove the pinned map SOCKETS")?;
+    }
+    Ok(Adoptable::This(meta))
 }
 
 /// The first of a list in words, and how many more there are: with one limit, several maps change.
@@ -336,7 +355,7 @@ impl Memory {
 
 /// The kernel tells it in a text file only. 0 where it does not.
 fn memory_of(map: &OwnedFd) -> u64 {
-    std::fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd()))
+    fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd()))
         .ok()
         .and_then(|text| text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok()))
         .unwrap_or(0)
