@@ -499,7 +499,7 @@ pub fn needs_snat<A: Family>(
 ) -> bool {
     let address = A::from_map(backend.addr);
     address == packet.tuple.source
-        || flags & Config::SNAT_ALWAYS != 0
+        || flags & Config::SNAT_PODS != 0
         || (flags & Config::SNAT_NEVER == 0 && !returns_here(address))
 }
 

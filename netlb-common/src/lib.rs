@@ -21,6 +21,7 @@ pub mod filter;
 pub mod flow;
 pub mod hop;
 pub mod maps;
+pub mod network;
 pub mod select;
 pub mod snat;
 pub mod socket;
@@ -31,4 +32,4 @@ pub mod time;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;

@@ -8,7 +8,9 @@ use crate::{
     atomic::Word,
     conntrack::State,
     flow::HashKey,
+    network::Networks,
     snat::Ports,
+    time::Ticks,
 };
 
 /// Key of `SERVICES` and of `OWNERS`: an address, a port and a protocol.
@@ -19,12 +21,15 @@ pub struct EndpointKey {
     pub port: PortBe,
     /// IANA protocol number.
     pub protocol: u8,
-    /// Zero: where a service is looked up by more than its address, this says by what.
+    /// In `SERVICES`, whose flows it is for: 0, or [`EndpointKey::OUTSIDE`].
     pub scope: u8,
     pub pad: u32,
 }
 
 impl EndpointKey {
+    /// The flows that come in from outside, where they are treated unlike those of pods and of the node: see [`Config::OUTSIDE`].
+    pub const OUTSIDE: u8 = 1;
+
     #[inline(always)]
     #[must_use]
     pub const fn new(addr: Addr, port: PortBe, protocol: u8) -> Self {
@@ -75,16 +80,29 @@ pub struct Config {
     pub members: u32,
     pub members_len: u32,
     pub algorithm: u32,
-    /// See [`Config::SNAT_ALWAYS`] and [`Config::SNAT_NEVER`].
+    /// See [`Config::SNAT_NEVER`] and those after it.
     pub flags: u32,
-    pub pad: u32,
+    /// Ticks for which a client keeps its backend; 0 if it does not.
+    pub affinity: u32,
 }
 
 impl Config {
-    /// Every flow gets an address of the node as its source.
-    pub const SNAT_ALWAYS: u32 = 1;
-    /// None does but one of a backend to itself: replies come back here without it.
-    pub const SNAT_NEVER: u32 = 2;
+    /// No flow gets an address of the node as its source but one of a backend to itself: replies come back here without it.
+    pub const SNAT_NEVER: u32 = 1;
+    /// Every flow of a pod of this node does.
+    pub const SNAT_PODS: u32 = 1 << 1;
+    /// Every flow from outside does.
+    pub const SNAT_OUTSIDE: u32 = 1 << 2;
+    /// Flows from outside have a record of their own, with [`EndpointKey::OUTSIDE`] in its key.
+    pub const OUTSIDE: u32 = 1 << 3;
+    /// Clients must be in the service's `SOURCE_RANGES`.
+    pub const RANGES: u32 = 1 << 4;
+    /// The node itself is, whatever its address.
+    pub const RANGES_HAVE_NODE: u32 = 1 << 5;
+    /// With no member, packets are dropped: there are backends, but none that these clients may have. Otherwise they are rejected.
+    pub const DROP: u32 = 1 << 6;
+    /// All members are on this node: see [`Backend::LOCAL`].
+    pub const LOCAL: u32 = 1 << 7;
 }
 
 /// How a backend is chosen, as [`Config::algorithm`] says it.
@@ -131,6 +149,8 @@ impl Backend {
     pub const SERVING: u8 = 1;
     /// Takes new flows.
     pub const ACCEPTING: u8 = 2;
+    /// Is on this node.
+    pub const LOCAL: u8 = 4;
 }
 
 /// Element of `FRONTENDS`: what replies are translated back to. Id 0 is none.
@@ -154,6 +174,82 @@ pub struct Owners(pub [u32; Owners::MAX]);
 impl Owners {
     /// Frontends of one backend that a lost reply entry is looked for among.
     pub const MAX: usize = 8;
+}
+
+/// What a key of `SOURCE_RANGES` is a prefix of: a service, and the address of a client of it.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct RangeKey {
+    /// Index in `SERVICE_STATS`.
+    pub service: u32,
+    /// An [`Addr`], as it stands in memory.
+    pub addr: [u32; 4],
+}
+
+impl RangeKey {
+    /// Bits of a key before those of the address.
+    pub const SERVICE_BITS: u32 = u32::BITS;
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(service: u32, Addr([a, b]): Addr) -> Self {
+        const fn halves(word: u64) -> [u32; 2] {
+            if cfg!(target_endian = "little") {
+                [word as u32, (word >> 32) as u32]
+            } else {
+                [(word >> 32) as u32, word as u32]
+            }
+        }
+        let ([a, b], [c, d]) = (halves(a), halves(b));
+        Self { service, addr: [a, b, c, d] }
+    }
+}
+
+/// Key of `AFFINITY`: a client of a service.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct AffinityKey {
+    /// As it was before SNAT; all zero for the node itself.
+    pub client: Addr,
+    /// Index in `SERVICE_STATS`.
+    pub service: u32,
+    pub pad: u32,
+}
+
+/// Value of `AFFINITY`: the backend a client was given last, and when. One word, which is read and written as such.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Affinity(pub u64);
+
+impl Affinity {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(backend: u32, now: Ticks) -> Self {
+        Self((backend as u64) << 32 | now.0 as u64)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn backend(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// Ticks since then.
+    #[inline(always)]
+    #[must_use]
+    pub const fn age(self, now: Ticks) -> u32 {
+        let age = now.0.wrapping_sub(self.0 as u32);
+        // CPUs read a coarse clock one after the other.
+        if age > u32::MAX / 2 { 0 } else { age }
+    }
+}
+
+/// Value of `ADDRESSES`: what is known of an address, whatever the port.
+pub mod address {
+    /// Services have it: a cluster, external or load-balancer address.
+    pub const SERVICE: u32 = 1;
+    /// The node itself has it.
+    pub const NODE: u32 = 2;
 }
 
 /// Element of `SERVICE_STATS`, per CPU.
@@ -268,6 +364,10 @@ pub struct Settings {
     /// The ports that clients get with an address of the node.
     pub snat_ports: Ports,
     pub pad: u32,
+    /// Addresses that are services' or nobody's.
+    pub owned: Networks,
+    /// Addresses of the node's pods, whatever interface their packets come in on.
+    pub pods: Networks,
 }
 
 /// Constants of the socket hooks, set when they are loaded.
@@ -312,7 +412,9 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 16);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 120);
+    assert!(size_of::<Settings>() == 120 + 2 * size_of::<Networks>());
+    assert!(size_of::<RangeKey>() == 20);
+    assert!(size_of::<AffinityKey>() == 24);
 };
 
 /// What user space puts into maps and constants as plain bytes.
@@ -332,6 +434,9 @@ mod pod {
         Config,
         Backend,
         Owners,
+        RangeKey,
+        AffinityKey,
+        Affinity,
         ServiceStats,
         Interface,
         SocketKey,

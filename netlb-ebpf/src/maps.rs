@@ -4,7 +4,7 @@ use core::ptr::{self, addr_of};
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
@@ -17,9 +17,10 @@ use netlb_common::{
     flow::{Family, HashKey, Parsed},
     hop::{self, Hop, Way},
     maps::{
-        Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine,
-        ServiceStats, Settings, SocketKey, SocketSettings, Tally,
+        Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
+        Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
+    network::Networks,
     snat::{self, Ports, Source},
     socket,
     table::{Bucket, New, Place, Record, Storage},
@@ -65,6 +66,12 @@ static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
 static SNAT_ADDRESSES: Array<Source, { snat::ADDRESSES as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static SOCKETS: LruHashMap<SocketKey, Counterpart, 1> = LruHashMap::new();
+#[btf_map]
+static ADDRESSES: HashMap<Addr, u32, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static SOURCE_RANGES: LpmTrie<RangeKey, u32, 1> = LpmTrie::new();
+#[btf_map]
+static AFFINITY: HashMap<AffinityKey, Affinity, 1, NO_PREALLOC> = HashMap::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -178,6 +185,8 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     log_level: 0,
     snat_ports: Ports { first: 0, more: 0 },
     pad: 0,
+    owned: Networks::NONE,
+    pods: Networks::NONE,
 });
 
 /// The same for the socket hooks.

@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use netlb_common::{
+    addr::Addr,
     conntrack::State,
     counters::Counter,
     filter,
     hop::{self, Hop},
     maps::{
-        Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta, Owners, RingLine,
-        ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
+        Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
+        Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
+    network::Networks,
     snat::{self, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
@@ -27,6 +29,13 @@ const ID_BITS: u32 = 21;
 /// Room in `COUNTERS`. More than there are, so that a new counter is no reason for new maps.
 const COUNTERS: u32 = 64;
 const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
+/// Room in `SOURCE_RANGES` and in `ADDRESSES` for more than services have.
+const SOURCE_RANGES: u32 = 65_536;
+const NODE_ADDRESSES: u32 = 1024;
+/// Room in `AFFINITY`: entries take memory when they are made.
+const AFFINITIES: u32 = 65_536;
+/// A key of a trie begins with its length.
+const PREFIX_LEN_SIZE: u32 = 4;
 /// Room in `INTERFACES`.
 const INTERFACES: u32 = 8192;
 /// The kernel hands out the elements of a map that forgets in portions to each CPU: a smaller map would forget what is in use.
@@ -38,6 +47,8 @@ pub(super) enum Kind {
     Hash,
     /// A hash that forgets what was not used for longest.
     LruHash,
+    /// Prefixes, of which the longest that fits is found.
+    Trie,
     Array,
     /// An array that user space maps into its memory.
     MappedArray,
@@ -52,13 +63,14 @@ impl Kind {
             Self::Array | Self::MappedArray => 2,
             Self::PerCpuArray => 6,
             Self::LruHash => 9,
+            Self::Trie => 11,
         }
     }
 
     pub(super) const fn flags(self) -> u32 {
         match self {
             // `BPF_F_NO_PREALLOC`.
-            Self::Hash => 1,
+            Self::Hash | Self::Trie => 1,
             // `BPF_F_MMAPABLE`.
             Self::MappedArray => 1 << 10,
             Self::LruHash | Self::Array | Self::PerCpuArray => 0,
@@ -80,6 +92,11 @@ impl Spec {
     const fn hash<K, V>(name: &'static str, kind: Kind, max_entries: u32) -> Self {
         let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
         Self { name, kind, key_size, value_size, max_entries }
+    }
+
+    const fn trie<K, V>(name: &'static str, max_entries: u32) -> Self {
+        let (key_size, value_size) = (PREFIX_LEN_SIZE + size_of::<K>() as u32, size_of::<V>() as u32);
+        Self { name, kind: Kind::Trie, key_size, value_size, max_entries }
     }
 
     const fn array<V>(name: &'static str, kind: Kind, max_entries: u32) -> Self {
@@ -157,6 +174,9 @@ impl Layout {
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
             Spec::hash::<SocketKey, Counterpart>("SOCKETS", LruHash, self.sockets),
+            Spec::hash::<Addr, u32>("ADDRESSES", Hash, services + NODE_ADDRESSES),
+            Spec::trie::<RangeKey, u32>("SOURCE_RANGES", SOURCE_RANGES),
+            Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, AFFINITIES),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }
@@ -214,6 +234,8 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
         },
         snat_ports: Ports { first, more: last - first },
         pad: 0,
+        owned: Networks::NONE,
+        pods: Networks::NONE,
     }
 }
 
@@ -247,6 +269,9 @@ mod tests {
                 ("HOPS", 16_384),
                 ("SNAT_ADDRESSES", 256),
                 ("SOCKETS", 65_536),
+                ("ADDRESSES", 17_408),
+                ("SOURCE_RANGES", 65_536),
+                ("AFFINITY", 65_536),
                 ("META", 1),
             ]
         );

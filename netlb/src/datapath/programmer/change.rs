@@ -212,10 +212,10 @@ impl<M: Maps> Programmer<M> {
             },
             flags: match service.snat() {
                 SnatMode::Auto => 0,
-                SnatMode::Always => Config::SNAT_ALWAYS,
+                SnatMode::Always => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
                 SnatMode::Never => Config::SNAT_NEVER,
             },
-            pad: 0,
+            affinity: 0,
         };
         if in_force.is_some_and(|served| served.config == config) {
             return Ok(());

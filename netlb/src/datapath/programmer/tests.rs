@@ -178,7 +178,7 @@ fn with_snat(desired: Desired, snat: SnatMode) -> Desired {
 fn snat_flags(snat: SnatMode) -> u32 {
     match snat {
         SnatMode::Auto => 0,
-        SnatMode::Always => Config::SNAT_ALWAYS,
+        SnatMode::Always => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
         SnatMode::Never => Config::SNAT_NEVER,
     }
 }
@@ -264,9 +264,11 @@ fn a_change_of_snat_alone_is_a_new_record_put_in_force() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A, B])]);
     assert_eq!(bench.config(WEB).flags, 0);
-    for (snat, flags) in
-        [(SnatMode::Always, Config::SNAT_ALWAYS), (SnatMode::Never, Config::SNAT_NEVER), (SnatMode::Auto, 0)]
-    {
+    for (snat, flags) in [
+        (SnatMode::Always, Config::SNAT_PODS | Config::SNAT_OUTSIDE),
+        (SnatMode::Never, Config::SNAT_NEVER),
+        (SnatMode::Auto, 0),
+    ] {
         let before = bench.config(WEB);
         bench.log();
         assert_eq!(bench.serve(&[with_snat(web(&[A, B]), snat)]), 1);
