@@ -159,9 +159,9 @@ fn check_services(file: &str, text: &str, specs: Vec<Spanned<ServiceSpec>>) -> R
         if let Some(first) = names.insert(service.name().to_owned(), span.start) {
             return Err(twice(first, format!("service name `{}`", service.name())));
         }
-        for frontend in service.frontends() {
-            if let Some(first) = frontends.insert(*frontend, span.start) {
-                return Err(twice(first, format!("frontend {frontend}")));
+        for claim in service.claims() {
+            if let Some(first) = frontends.insert(claim, span.start) {
+                return Err(twice(first, format!("frontend {claim}")));
             }
         }
         services.push(service);

@@ -15,7 +15,7 @@ use std::{
 pub use self::change::{BackendPatch, Change, ChangeError, Done, Edit, ServicePatch};
 use crate::{
     dataplane::{Desired, Touched},
-    model::{Frontend, Owner, Service},
+    model::{Frontend, Owner, Service, parse_claim},
 };
 
 mod change;
@@ -87,7 +87,7 @@ impl DesiredState {
         self.file_frontends = services
             .iter()
             .enumerate()
-            .flat_map(|(at, service)| service.frontends().iter().map(move |frontend| (*frontend, at)))
+            .flat_map(|(at, service)| service.claims().map(move |claim| (claim, at)))
             .collect();
         self.file = services.into_iter().map(|wanted| FileService { wanted, served: None }).collect();
         self.conflicts.clear();
@@ -116,7 +116,7 @@ impl DesiredState {
             api.or_else(|| self.file_names.get(reference).map(file))
         };
         let by_frontend = || {
-            let frontend = reference.parse().ok()?;
+            let frontend = parse_claim(reference)?;
             let api = self.api_frontends.get(&frontend).map(|name| (&*self.api[name], Owner::Api));
             api.or_else(|| self.file_frontends.get(&frontend).map(file))
         };
@@ -134,7 +134,7 @@ impl DesiredState {
     #[must_use]
     pub fn find_served(&self, reference: &str) -> Option<Desired> {
         self.served_as(reference).or_else(|| {
-            let frontend = reference.parse().ok()?;
+            let frontend = parse_claim(reference)?;
             if let Some(name) = self.api_frontends.get(&frontend) {
                 return self.served_as(name);
             }
@@ -149,7 +149,7 @@ impl DesiredState {
             return Some(Desired { service: Arc::clone(service), owner: Owner::Api });
         }
         // One that lost its first frontend may be named after another.
-        let by_frontend = || self.file_frontends.get(&name.parse().ok()?);
+        let by_frontend = || self.file_frontends.get(&parse_claim(name)?);
         let at = self.file_names.get(name).or_else(by_frontend)?;
         let service = self.file[*at].served.clone().filter(|service| service.name() == name)?;
         Some(Desired { service, owner: Owner::File })
@@ -170,7 +170,7 @@ impl DesiredState {
     pub(crate) fn references(&self) -> impl Iterator<Item = String> {
         let services = || self.api.values().chain(self.file.iter().map(|service| &service.wanted));
         let names = services().map(|service| service.name().to_owned());
-        names.chain(services().flat_map(|service| service.frontends().iter().map(Frontend::to_string)))
+        names.chain(services().flat_map(|service| service.claims().map(|claim| claim.to_string())))
     }
 
     /// Finds out what is left of a file service beside the API's claims, and returns what was left before.
@@ -198,22 +198,16 @@ impl DesiredState {
             conflicts.push(conflict(Claim::Name, service.name()));
             return None;
         }
-        let mut frontends = service.frontends().to_vec();
-        frontends.retain(|frontend| match self.api_frontends.get(frontend) {
-            Some(holder) => {
-                conflicts.push(conflict(Claim::Frontend(*frontend), holder));
-                false
+        for claim in service.claims() {
+            if let Some(holder) = self.api_frontends.get(&claim) {
+                conflicts.push(conflict(Claim::Frontend(claim), holder));
             }
-            None => true,
-        });
+        }
         if conflicts.is_empty() {
             return Some(Arc::clone(service));
         }
         // A service named after the frontend it lost is named after the next one.
-        let named = service.name() != service.frontends()[0].to_string();
-        let name = named.then(|| service.name().to_owned());
-        let left = Service::new(name, frontends, service.backends().to_vec(), service.algorithm()).ok()?;
-        Some(Arc::new(left.with_snat(service.snat())))
+        service.without(|claim| self.api_frontends.contains_key(claim)).map(Arc::new)
     }
 
     /// Carries out one edit, and returns the one that undoes it.
@@ -223,21 +217,20 @@ impl DesiredState {
             Edit::Remove(name) => (name, None),
         };
         let old = self.api.remove(&name);
-        let claims = old.iter().chain(&new).flat_map(|service| service.frontends());
-        let mut contenders: BTreeSet<_> =
-            claims.filter_map(|frontend| self.file_frontends.get(frontend)).copied().collect();
+        let claims = old.iter().chain(&new).flat_map(|service| service.claims());
+        let mut contenders: BTreeSet<_> = claims.filter_map(|claim| self.file_frontends.get(&claim)).copied().collect();
         contenders.extend(self.file_names.get(&name));
-        for frontend in old.iter().flat_map(|service| service.frontends()) {
+        for claim in old.iter().flat_map(|service| service.claims()) {
             // A transaction may have given it to another service already.
-            if let Entry::Occupied(holder) = self.api_frontends.entry(*frontend)
+            if let Entry::Occupied(holder) = self.api_frontends.entry(claim)
                 && *holder.get() == name
             {
                 holder.remove();
             }
         }
         if let Some(service) = new {
-            for frontend in service.frontends() {
-                self.api_frontends.insert(*frontend, name.clone());
+            for claim in service.claims() {
+                self.api_frontends.insert(claim, name.clone());
             }
             self.api.insert(name.clone(), service);
         }
@@ -258,18 +251,18 @@ impl DesiredState {
             if self.file_names.contains_key(service.name()) && !self.api.contains_key(service.name()) {
                 return Err(ChangeError::NameTaken { name: service.name().to_owned(), owner: Owner::File });
             }
-            for frontend in service.frontends() {
+            for frontend in service.claims() {
                 let taken = |holder: &str, owner| {
-                    Err(ChangeError::FrontendTaken { frontend: *frontend, service: holder.to_owned(), owner })
+                    Err(ChangeError::FrontendTaken { frontend, service: holder.to_owned(), owner })
                 };
-                if let Some(other) = claimed.insert(*frontend, service.name()) {
+                if let Some(other) = claimed.insert(frontend, service.name()) {
                     return taken(other, Owner::Api);
                 }
-                match self.api_frontends.get(frontend) {
+                match self.api_frontends.get(&frontend) {
                     Some(holder) if !edited.contains(holder.as_str()) => return taken(holder, Owner::Api),
                     Some(_) => {}
                     None => {
-                        if let Some(at) = self.file_frontends.get(frontend) {
+                        if let Some(at) = self.file_frontends.get(&frontend) {
                             return taken(self.file[*at].wanted.name(), Owner::File);
                         }
                     }

@@ -16,6 +16,7 @@ mod interfaces;
 mod maglev;
 pub mod model;
 mod nearest;
+pub mod resolve;
 mod rfc3339;
 pub mod spec;
 pub mod store;

@@ -233,7 +233,7 @@ mod tests {
 
     fn backend(number: u32, weight: u64) -> Backend {
         let address = SocketAddr::new(IpAddr::from((0x0af4_0000 + number).to_be_bytes()), 8080);
-        Backend { address, weight: Weight::new(weight).unwrap(), state: BackendState::Active }
+        Backend { weight: Weight::new(weight).unwrap(), ..Backend::new(address) }
     }
 
     fn equal(numbers: impl IntoIterator<Item = u32>) -> Vec<Backend> {
@@ -340,7 +340,10 @@ mod tests {
         let mut backends = equal(0..3);
         backends[1].state = BackendState::Draining;
         assert_eq!(shares(&backends, Algorithm::RoundRobin).get(&backends[1].address), None);
-        assert_eq!(slots(&backends, Algorithm::Maglev), slots(&[backends[0], backends[2]], Algorithm::Maglev));
+        assert_eq!(
+            slots(&backends, Algorithm::Maglev),
+            slots(&[backends[0].clone(), backends[2].clone()], Algorithm::Maglev)
+        );
     }
 
     #[test]

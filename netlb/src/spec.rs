@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use crate::{
     model::{
-        Algorithm, Backend, BackendState, Frontend, FrontendError, Service, ServiceError, SnatMode, Weight,
+        Algorithm, Backend, BackendState, Definition, Frontend, FrontendError, Service, ServiceError, SnatMode, Weight,
         WeightError, parse_endpoint,
     },
     text::deserialize_text,
@@ -53,7 +53,7 @@ impl ServiceSpec {
             frontends.insert(0, frontend);
         }
         let backends = backends.into_iter().map(Backend::from).collect();
-        Ok(Service::new(name, frontends, backends, algorithm)?.with_snat(snat))
+        Service::define(Definition { name, frontends, backends, algorithm, snat, ..Definition::default() })
     }
 }
 
@@ -63,7 +63,7 @@ impl From<&Service> for ServiceSpec {
             name: Some(service.name().to_owned()),
             frontends: service.frontends().to_vec(),
             frontend: None,
-            backends: service.backends().iter().copied().map(BackendSpec::from).collect(),
+            backends: service.backends().iter().cloned().map(BackendSpec::from).collect(),
             algorithm: service.algorithm(),
             snat: service.snat(),
         }
@@ -86,12 +86,12 @@ pub struct BackendSpec {
 
 impl From<BackendSpec> for Backend {
     fn from(BackendSpec { address, weight, state }: BackendSpec) -> Self {
-        Self { address, weight, state }
+        Self { weight, state, ..Self::new(address) }
     }
 }
 
 impl From<Backend> for BackendSpec {
-    fn from(Backend { address, weight, state }: Backend) -> Self {
+    fn from(Backend { address, weight, state, .. }: Backend) -> Self {
         Self { address, weight, state }
     }
 }

@@ -117,9 +117,9 @@ impl Case {
 
     fn weighted_at(self, port: u16, backends: &[(u8, u64, BackendState)], algorithm: Algorithm) -> Service {
         let backend = |(host, weight, state): &(u8, u64, BackendState)| Backend {
-            address: self.backend(*host),
             weight: Weight::new(*weight).expect("a weight"),
             state: *state,
+            ..Backend::new(self.backend(*host))
         };
         let frontend = Frontend { address: self.vip(port), protocol: self.protocol };
         let name = format!("{}-{}-{port}", self.protocol, self.family).to_lowercase();

@@ -45,8 +45,9 @@ pub(super) async fn add(
     Body(spec): Body<BackendSpec>,
 ) -> Result<(StatusCode, Json<BackendView>), ApiError> {
     let backend = Backend::from(spec);
+    let address = backend.address;
     control.change(Change::AddBackend { reference: reference.clone(), backend }).await?;
-    let view = find(&control, BackendRef { reference, address: backend.address }).await?;
+    let view = find(&control, BackendRef { reference, address }).await?;
     Ok((StatusCode::CREATED, Json(view)))
 }
 
@@ -83,7 +84,8 @@ pub(super) async fn put(
     BackendRef { reference, address }: BackendRef,
     Body(BackendPatch { weight, state }): Body<BackendPatch>,
 ) -> Result<Json<BackendView>, ApiError> {
-    let backend = Backend { address, weight: weight.unwrap_or_default(), state: state.unwrap_or_default() };
+    let backend =
+        Backend { weight: weight.unwrap_or_default(), state: state.unwrap_or_default(), ..Backend::new(address) };
     control.change(Change::PutBackend { reference: reference.clone(), backend }).await?;
     Ok(Json(find(&control, BackendRef { reference, address }).await?))
 }

@@ -151,7 +151,7 @@ fn a_service_that_is_none_is_shown_at_its_table() {
     assert_eq!(
         refused("# first\n\n[[service]]\nname = \"web\"\nbackends = []\n"),
         "\
-netlb.toml:3:1: service `web` has no frontend; give at least one as ADDRESS:PORT/PROTOCOL
+netlb.toml:3:1: service `web` has no frontend; give one as ADDRESS:PORT/PROTOCOL, or a node port, or a port to publish
   |
 3 | [[service]]
   | ^^^^^^^^^^^"
@@ -222,9 +222,9 @@ proptest::proptest! {
     ) {
         use crate::{model::{Backend, Weight}, spec::ServiceSpec};
         let backends = backends.iter().map(|(port, weight)| Backend {
-            address: ([10, 0, 0, 1], *port).into(),
             weight: Weight::new(*weight).unwrap(),
             state: if draining { BackendState::Draining } else { BackendState::Active },
+            ..Backend::new(([10, 0, 0, 1], *port).into())
         });
         let service =
             Service::new(Some(name), vec!["10.96.0.1:80/tcp".parse().unwrap()], backends.collect(), Algorithm::Random).unwrap();

@@ -190,12 +190,12 @@ impl DesiredState {
                     let (service, address) = (service.name().to_owned(), backend.address);
                     return Err(ChangeError::BackendTaken { service, address });
                 }
-                with_backends(service, |backends| backends.push(*backend))?
+                with_backends(service, |backends| backends.push(backend.clone()))?
             }
             Change::PutBackend { reference, backend } => with_backends(self.find_owned(reference)?, |backends| {
                 match backends.iter_mut().find(|known| known.address == backend.address) {
-                    Some(known) => *known = *backend,
-                    None => backends.push(*backend),
+                    Some(known) => known.clone_from(backend),
+                    None => backends.push(backend.clone()),
                 }
             })?,
             Change::PatchBackend { reference, address, patch } => {
@@ -264,7 +264,7 @@ impl DesiredState {
         if exists {
             let old = self.find_owned(reference)?;
             // Named after a frontend that it no longer begins with: it is named after the one it begins with now.
-            if spec.name.as_deref() == Some(old.name()) && is_unnamed(old) {
+            if spec.name.as_deref() == Some(old.name()) && Service::is_unnamed(old) {
                 spec.name = None;
             }
             return self.replace(old, spec.into_service()?);
@@ -300,27 +300,29 @@ impl DesiredState {
     }
 }
 
-fn is_unnamed(service: &Service) -> bool {
-    service.name() == service.frontends()[0].to_string()
-}
-
 fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, ServiceError> {
     let ServicePatch { name, frontends, backends, algorithm, snat } = patch.clone();
-    let old_name = (!is_unnamed(old)).then(|| old.name().to_owned());
-    let service = Service::new(
-        name.or(old_name),
-        frontends.unwrap_or_else(|| old.frontends().to_vec()),
-        backends.map_or_else(|| old.backends().to_vec(), |new| new.into_iter().map(Backend::from).collect()),
-        algorithm.unwrap_or(old.algorithm()),
-    )?;
-    Ok(service.with_snat(snat.unwrap_or(old.snat())))
+    old.redefine(|definition| {
+        definition.name = name.or(definition.name.take());
+        replace(&mut definition.frontends, frontends);
+        replace(&mut definition.backends, backends.map(|new| new.into_iter().map(Backend::from).collect()));
+        replace(&mut definition.algorithm, algorithm);
+        replace(&mut definition.snat, snat);
+    })
+}
+
+fn replace<T>(old: &mut T, new: Option<T>) {
+    if let Some(new) = new {
+        *old = new;
+    }
 }
 
 fn with_backends(service: &Service, edit: impl FnOnce(&mut Vec<Backend>)) -> Result<Vec<Edit>, ChangeError> {
-    let mut backends = service.backends().to_vec();
-    edit(&mut backends);
-    let (name, frontends) = (service.name().to_owned(), service.frontends().to_vec());
-    let changed = Service::new(Some(name), frontends, backends, service.algorithm())?.with_snat(service.snat());
+    let changed = service.redefine(|definition| {
+        // Its name does not follow its family.
+        definition.name = Some(service.name().to_owned());
+        edit(&mut definition.backends);
+    })?;
     Ok(vec![Edit::Put(Arc::new(changed))])
 }
 

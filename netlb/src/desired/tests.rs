@@ -8,7 +8,7 @@ use crate::{
 
 fn service(name: &str, frontends: &[&str]) -> Service {
     let frontends = frontends.iter().map(|text| text.parse().unwrap()).collect();
-    let backend = Backend { address: "10.244.0.1:80".parse().unwrap(), weight: Weight::ONE, state: Default::default() };
+    let backend = Backend::new("10.244.0.1:80".parse().unwrap());
     let name = (!name.is_empty()).then(|| name.to_owned());
     Service::new(name, frontends, vec![backend], Algorithm::Maglev).unwrap()
 }
@@ -154,7 +154,7 @@ fn an_unnamed_service_follows_its_first_frontend() {
 fn backends_are_added_changed_and_removed_one_by_one() {
     let mut state = state(&[], &[service("web", &[A])]);
     let address = "10.244.0.2:80".parse().unwrap();
-    let backend = Backend { address, weight: Weight::new(2).unwrap(), state: Default::default() };
+    let backend = Backend { weight: Weight::new(2).unwrap(), ..Backend::new(address) };
     let add = Change::AddBackend { reference: "web".into(), backend };
     change(&mut state, add.clone()).unwrap();
     assert!(matches!(change(&mut state, add), Err(ChangeError::BackendTaken { .. })));
@@ -171,7 +171,7 @@ fn backends_are_added_changed_and_removed_one_by_one() {
 fn a_change_of_one_part_leaves_the_others() {
     let mut state = state(&[], &[service("web", &[A]).with_snat(SnatMode::Always)]);
     let address = "10.244.0.2:80".parse().unwrap();
-    let backend = Backend { address, weight: Weight::ONE, state: Default::default() };
+    let backend = Backend::new(address);
     let parts = |state: &DesiredState| {
         let (service, _) = state.find("web").unwrap();
         (service.algorithm(), service.snat(), service.backends().len())

@@ -162,7 +162,7 @@ fn with_algorithm(name: &str, frontends: &[&str], backends: &[&str], algorithm: 
         };
         let (address, weight) = text.split_once('*').unwrap_or((text, "1"));
         let weight = Weight::new(weight.parse().unwrap()).unwrap();
-        model::Backend { address: address.parse().unwrap(), weight, state }
+        model::Backend { weight, state, ..model::Backend::new(address.parse().unwrap()) }
     };
     let frontends = frontends.iter().map(|frontend| frontend.parse().unwrap()).collect();
     let backends = backends.iter().map(backend).collect();

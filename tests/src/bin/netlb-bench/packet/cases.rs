@@ -225,7 +225,7 @@ impl Packets {
 /// A service with one backend of its own, which is therefore known.
 pub(crate) fn service(packets: lab::Case, number: u32) -> Service {
     let frontend = Frontend { address: frontend(packets, number), protocol: packets.protocol };
-    let backend = Backend { address: backend(packets, number), weight: Weight::ONE, state: BackendState::Active };
+    let backend = Backend::new(backend(packets, number));
     Service::new(None, vec![frontend], vec![backend], Algorithm::Maglev).expect("a service")
 }
 

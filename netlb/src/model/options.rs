@@ -1,0 +1,145 @@
+//! How services treat their flows, and who owns services.
+
+use std::{fmt, num::NonZeroU32, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// How a backend is chosen for a new flow.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Algorithm {
+    /// Consistent hashing of the flow's 5-tuple: every node chooses alike, and a change of the set moves few flows.
+    #[default]
+    Maglev,
+    Random,
+    RoundRobin,
+}
+
+impl fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Maglev => "maglev",
+            Self::Random => "random",
+            Self::RoundRobin => "round-robin",
+        })
+    }
+}
+
+/// Which flows of a service get an address of the node as their source.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnatMode {
+    /// Those whose replies would not come back through this node.
+    #[default]
+    Auto,
+    Always,
+    /// None but those of a pod to itself: replies come back through this node, as the operator knows.
+    Never,
+}
+
+impl fmt::Display for SnatMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
+/// The source that declared a service. Only its owner changes a service.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Owner {
+    /// The configuration file.
+    File,
+    /// `netlb svc add`, `netlb apply` and the HTTP API.
+    Api,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Api => "api",
+        })
+    }
+}
+
+/// Which backends a service's clients get.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrafficPolicy {
+    /// Those of all nodes.
+    #[default]
+    Cluster,
+    /// Those of the node that the client's packets come to.
+    Local,
+}
+
+impl fmt::Display for TrafficPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cluster => "cluster",
+            Self::Local => "local",
+        })
+    }
+}
+
+/// How long a client keeps its backend: `none`, or `client-ip[:SECONDS]`, counted from its last new flow.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Affinity(Option<NonZeroU32>);
+
+impl Affinity {
+    pub const NONE: Self = Self(None);
+    /// As with Kubernetes.
+    const DEFAULT_SECONDS: u32 = 10_800;
+    const MAX_SECONDS: u32 = 86_400;
+
+    /// Seconds, if there is any affinity.
+    #[must_use]
+    pub const fn seconds(self) -> Option<NonZeroU32> {
+        self.0
+    }
+}
+
+/// A text that is no affinity.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("affinity `{0}` is not none, client-ip or client-ip:SECONDS with 1 to {max} seconds", max = Affinity::MAX_SECONDS)]
+pub struct AffinityError(String);
+
+impl FromStr for Affinity {
+    type Err = AffinityError;
+
+    fn from_str(text: &str) -> Result<Self, AffinityError> {
+        let seconds = match text.split_once(':') {
+            None if text == "none" => return Ok(Self::NONE),
+            None if text == "client-ip" => Some(Self::DEFAULT_SECONDS),
+            Some(("client-ip", seconds)) => seconds.parse().ok(),
+            _ => None,
+        };
+        let seconds = seconds.filter(|seconds| *seconds <= Self::MAX_SECONDS).and_then(NonZeroU32::new);
+        seconds.map(|seconds| Self(Some(seconds))).ok_or_else(|| AffinityError(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Affinity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("none"),
+            Some(seconds) => write!(f, "client-ip:{seconds}"),
+        }
+    }
+}
+
+impl Serialize for Affinity {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Affinity {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        crate::text::deserialize_text(deserializer, "none, client-ip or client-ip:SECONDS", str::parse)
+    }
+}
