@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
+    thread,
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -164,16 +165,7 @@ fn load_into(
         }
         memory.0.push((spec.name, map.fd().as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?));
     }
-    for direction in Direction::BOTH {
-        let name = program_name(direction);
-        let program = program_mut(&mut ebpf, direction)?;
-        program.load().map_err(|error| refused(name, error))?;
-    }
-    if options.xdp {
-        let program: &mut Xdp =
-            ebpf.program_mut(XDP).with_context(|| format!("there is no BPF program {XDP}"))?.try_into()?;
-        program.load().map_err(|error| refused(XDP, error))?;
-    }
+    verify(&mut ebpf, options.xdp)?;
     let sockets = (options.sockets != SocketScope::Off).then(|| sockets::load(&mut ebpf));
     let maps = KernelMaps::new(&mut ebpf, layout, &timeouts)?;
     let map = Array::try_from(take(&mut ebpf, "META")?).map_err(io_error)?;
@@ -191,10 +183,33 @@ pub(super) const fn program_name(direction: Direction) -> &'static str {
     }
 }
 
-fn program_mut(ebpf: &mut Ebpf, direction: Direction) -> anyhow::Result<&mut SchedClassifier> {
-    let name = program_name(direction);
-    let program = ebpf.program_mut(name).with_context(|| format!("there is no BPF program {name}"))?;
-    Ok(program.try_into()?)
+/// Has the kernel verify the programs, which takes most of a start: all at the same time.
+fn verify(ebpf: &mut Ebpf, with_xdp: bool) -> anyhow::Result<()> {
+    let wanted = Direction::BOTH.map(program_name).into_iter().chain(with_xdp.then_some(XDP));
+    let mut missing: Vec<_> = wanted.collect();
+    let mut programs = Vec::with_capacity(missing.len());
+    for (name, program) in ebpf.programs_mut() {
+        if let Some(at) = missing.iter().position(|wanted| *wanted == name) {
+            programs.push((missing.swap_remove(at), program));
+        }
+    }
+    if let Some(name) = missing.first() {
+        bail!("there is no BPF program {name}");
+    }
+    thread::scope(|scope| {
+        let load = |(name, program): (&'static str, &'_ mut aya::programs::Program)| {
+            let loaded = match program {
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                aya::programs::Program::Xdp(program) => program.load(),
+                _ => bail!("BPF program {name} is of an unexpected kind"),
+            };
+            loaded.map_err(|error| refused(name, error))
+        };
+        let threads: Vec<_> = programs.into_iter().map(|program| scope.spawn(move || load(program))).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 pub(super) fn program(ebpf: &Ebpf, direction: Direction) -> anyhow::Result<&SchedClassifier> {
@@ -331,7 +346,9 @@ fn difference(spec: &Spec, info: &MapInfo) -> Option<String> {
 
 fn map_data(map: &Map) -> Option<&MapData> {
     match map {
-        Map::Array(map) | Map::HashMap(map) | Map::LruHashMap(map) | Map::PerCpuArray(map) => Some(map),
+        Map::Array(map) | Map::HashMap(map) | Map::LpmTrie(map) | Map::LruHashMap(map) | Map::PerCpuArray(map) => {
+            Some(map)
+        }
         _ => None,
     }
 }
