@@ -48,23 +48,107 @@ impl fmt::Display for Forwarding {
     }
 }
 
+/// A backend of a [`Service`].
+#[derive(Clone, Debug)]
+pub struct Backend {
+    address: String,
+    /// Lines of its table, but for the address.
+    keys: Vec<String>,
+}
+
+impl Backend {
+    /// At `ADDRESS:PORT`, or for a service that publishes a port at `ADDRESS`.
+    pub fn new(address: impl fmt::Display) -> Self {
+        Self { address: address.to_string(), keys: Vec::new() }
+    }
+
+    fn key(mut self, name: &str, value: impl fmt::Debug) -> Self {
+        self.keys.push(format!("{name} = {value:?}"));
+        self
+    }
+
+    pub fn weight(self, weight: u32) -> Self {
+        self.key("weight", weight)
+    }
+
+    /// Keeps its flows and gets no new ones.
+    pub fn draining(self) -> Self {
+        self.key("state", "draining")
+    }
+
+    pub fn ready(self, ready: bool) -> Self {
+        self.key("ready", ready)
+    }
+
+    pub fn serving(self, serving: bool) -> Self {
+        self.key("serving", serving)
+    }
+
+    pub fn terminating(self, terminating: bool) -> Self {
+        self.key("terminating", terminating)
+    }
+
+    /// The name of the node it is on.
+    pub fn node(self, node: &str) -> Self {
+        self.key("node", node)
+    }
+
+    pub fn zone(self, zone: &str) -> Self {
+        self.key("zone", zone)
+    }
+
+    /// The nodes whose clients it is meant for.
+    pub fn hint_nodes(self, nodes: &[&str]) -> Self {
+        self.key("hints.nodes", nodes)
+    }
+
+    /// The zones whose clients it is meant for.
+    pub fn hint_zones(self, zones: &[&str]) -> Self {
+        self.key("hints.zones", zones)
+    }
+
+    fn to_toml(&self) -> String {
+        let Self { address, keys } = self;
+        if keys.is_empty() {
+            return format!("\"{address}\"");
+        }
+        format!("{{ address = \"{address}\", {} }}", keys.join(", "))
+    }
+}
+
 /// A service of the configuration file.
 #[derive(Clone, Debug)]
 pub struct Service {
     name: String,
     frontends: Vec<String>,
-    backends: Vec<(SocketAddr, u32)>,
-    algorithm: Option<&'static str>,
+    external_ips: Vec<String>,
+    load_balancer_ips: Vec<String>,
+    node_ports: Vec<String>,
+    publish: Vec<String>,
+    source_ranges: Vec<String>,
+    backends: Vec<Backend>,
+    /// Keys with one word as their value.
+    words: Vec<(&'static str, String)>,
 }
 
 impl Service {
     /// A service with a frontend such as `10.96.0.10:80/tcp`.
     pub fn new(name: &str, frontend: impl fmt::Display, backends: impl IntoIterator<Item = SocketAddr>) -> Self {
+        Self::without_frontend(name, backends).frontend(frontend)
+    }
+
+    /// A service that is to be reached in another way.
+    pub fn without_frontend(name: &str, backends: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self {
             name: name.to_owned(),
-            frontends: vec![frontend.to_string()],
-            backends: backends.into_iter().map(|backend| (backend, 1)).collect(),
-            algorithm: None,
+            frontends: Vec::new(),
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            node_ports: Vec::new(),
+            publish: Vec::new(),
+            source_ranges: Vec::new(),
+            backends: backends.into_iter().map(Backend::new).collect(),
+            words: Vec::new(),
         }
     }
 
@@ -73,14 +157,99 @@ impl Service {
         self
     }
 
-    pub fn weighted(mut self, backend: SocketAddr, weight: u32) -> Self {
-        self.backends.push((backend, weight));
+    /// An address, or `ADDRESS:PORT/PROTOCOL`.
+    pub fn external_ip(mut self, address: impl fmt::Display) -> Self {
+        self.external_ips.push(address.to_string());
         self
     }
 
-    pub fn algorithm(mut self, algorithm: &'static str) -> Self {
-        self.algorithm = Some(algorithm);
+    /// An address, or `ADDRESS:PORT/PROTOCOL`.
+    pub fn lb_ip(mut self, address: impl fmt::Display) -> Self {
+        self.load_balancer_ips.push(address.to_string());
         self
+    }
+
+    /// `PORT` or `PORT/PROTOCOL`.
+    pub fn node_port(mut self, port: impl fmt::Display) -> Self {
+        self.node_ports.push(port.to_string());
+        self
+    }
+
+    /// `[ADDRESS:]PORT:TARGET[/PROTOCOL]`.
+    pub fn publish(mut self, port: impl fmt::Display) -> Self {
+        self.publish.push(port.to_string());
+        self
+    }
+
+    /// A network, or an address.
+    pub fn source_range(mut self, range: impl fmt::Display) -> Self {
+        self.source_ranges.push(range.to_string());
+        self
+    }
+
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.backends.push(backend);
+        self
+    }
+
+    pub fn weighted(self, backend: SocketAddr, weight: u32) -> Self {
+        self.backend(Backend::new(backend).weight(weight))
+    }
+
+    /// A backend on the node with this name.
+    pub fn backend_on(self, backend: SocketAddr, node: &str) -> Self {
+        self.backend(Backend::new(backend).node(node))
+    }
+
+    fn word(mut self, key: &'static str, word: impl fmt::Display) -> Self {
+        self.words.push((key, word.to_string()));
+        self
+    }
+
+    pub fn algorithm(self, algorithm: &'static str) -> Self {
+        self.word("algorithm", algorithm)
+    }
+
+    /// `auto`, `always` or `never`.
+    pub fn snat(self, mode: &str) -> Self {
+        self.word("snat", mode)
+    }
+
+    /// `none`, `client-ip` or `client-ip:SECONDS`.
+    pub fn affinity(self, affinity: impl fmt::Display) -> Self {
+        self.word("affinity", affinity)
+    }
+
+    /// `cluster` or `local`.
+    pub fn external_traffic_policy(self, policy: &str) -> Self {
+        self.word("external_traffic_policy", policy)
+    }
+
+    /// `cluster` or `local`.
+    pub fn internal_traffic_policy(self, policy: &str) -> Self {
+        self.word("internal_traffic_policy", policy)
+    }
+
+    fn to_toml(&self) -> String {
+        let Self { name, backends, words, .. } = self;
+        let backends: Vec<_> = backends.iter().map(Backend::to_toml).collect();
+        let mut toml = format!("\n[[service]]\nname = \"{name}\"\nbackends = [{}]\n", backends.join(", "));
+        let lists = [
+            ("frontends", &self.frontends),
+            ("external_ips", &self.external_ips),
+            ("load_balancer_ips", &self.load_balancer_ips),
+            ("node_ports", &self.node_ports),
+            ("publish", &self.publish),
+            ("source_ranges", &self.source_ranges),
+        ];
+        for (key, list) in lists.into_iter().filter(|(_, list)| !list.is_empty()) {
+            // Writing to a String cannot fail.
+            let _ = writeln!(toml, "{key} = {list:?}");
+        }
+        for (key, word) in words {
+            let _ = writeln!(toml, "{key} = \"{word}\"");
+        }
+        toml
     }
 }
 
@@ -121,24 +290,7 @@ impl Config {
             "[node]\npod_interfaces = [\"pod-*\"]\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
             self.uplinks, self.forwarding, self.xdp
         );
-        for Service { name, frontends, backends, algorithm } in &self.services {
-            let backends: Vec<_> = backends
-                .iter()
-                .map(|(address, weight)| match weight {
-                    1 => format!("\"{address}\""),
-                    _ => format!("{{ address = \"{address}\", weight = {weight} }}"),
-                })
-                .collect();
-            // Writing to a String cannot fail.
-            let _ = write!(
-                toml,
-                "\n[[service]]\nname = \"{name}\"\nfrontends = {frontends:?}\nbackends = [{}]\n",
-                backends.join(", ")
-            );
-            if let Some(algorithm) = algorithm {
-                let _ = writeln!(toml, "algorithm = \"{algorithm}\"");
-            }
-        }
+        toml.extend(self.services.iter().map(Service::to_toml));
         toml + &self.extra
     }
 }
