@@ -257,6 +257,8 @@ impl Service {
 #[derive(Clone, Debug)]
 pub struct Config {
     uplinks: Vec<String>,
+    pods: &'static str,
+    bridges: Vec<&'static str>,
     forwarding: Forwarding,
     xdp: &'static str,
     services: Vec<Service>,
@@ -265,11 +267,31 @@ pub struct Config {
 
 impl Config {
     pub fn new(node: &Node, forwarding: Forwarding) -> Self {
-        Self { uplinks: node.uplinks().to_vec(), forwarding, xdp: "off", services: Vec::new(), extra: String::new() }
+        Self {
+            uplinks: node.uplinks().to_vec(),
+            pods: "pod-*",
+            bridges: Vec::new(),
+            forwarding,
+            xdp: "off",
+            services: Vec::new(),
+            extra: String::new(),
+        }
     }
 
     pub fn service(mut self, service: Service) -> Self {
         self.services.push(service);
+        self
+    }
+
+    /// What the node calls the interfaces of its pods, as a glob.
+    pub fn pods(mut self, interfaces: &'static str) -> Self {
+        self.pods = interfaces;
+        self
+    }
+
+    /// A bridge whose ports are pods' interfaces.
+    pub fn bridge(mut self, name: &'static str) -> Self {
+        self.bridges.push(name);
         self
     }
 
@@ -287,8 +309,8 @@ impl Config {
 
     pub fn to_toml(&self) -> String {
         let mut toml = format!(
-            "[node]\npod_interfaces = [\"pod-*\"]\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
-            self.uplinks, self.forwarding, self.xdp
+            "[node]\npod_interfaces = [{:?}]\nbridges = {:?}\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
+            self.pods, self.bridges, self.uplinks, self.forwarding, self.xdp
         );
         toml.extend(self.services.iter().map(Service::to_toml));
         toml + &self.extra

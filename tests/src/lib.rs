@@ -7,6 +7,7 @@
 pub mod cgroup;
 pub mod clients;
 pub mod cluster;
+pub mod cni;
 pub mod daemon;
 pub mod exec;
 pub mod frames;

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cni::{Attachment, Plugin};
 use crate::exec::{Cmd, wait_until};
 use crate::netns::Namespace;
 use crate::run::Run;
@@ -256,6 +257,7 @@ impl Testbed {
             bail!("host {host:?} has no pod address left");
         }
         let pod = Pod {
+            _attachment: None,
             name: name.to_owned(),
             host,
             number,
@@ -270,6 +272,19 @@ impl Testbed {
             Layout::Ptp | Layout::Routed | Layout::Vxlan => self.wire_by_route(node, &pod)?,
         }
         Ok(pod)
+    }
+
+    /// Makes a pod that a CNI plugin wires. Its interface on the node, if it has one, is called as the plugin calls it.
+    pub fn pod_by(&self, plugin: Plugin, host: Host, name: &str) -> Result<Pod> {
+        let node = self.node(host)?;
+        let number = node.next_pod.fetch_add(1, Ordering::Relaxed);
+        let ns = Namespace::new(self.number, &format!("pod-{name}"))?;
+        let address = |family, bits| (host.pod_address(family, number), bits, host.pod_address(family, 1));
+        let addresses = [address(Family::V4, 24), address(Family::V6, 64)];
+        let (attachment, interface) = Attachment::new(plugin, &node.ns, &ns, &addresses)?;
+        settle(&ns, "eth0", addresses[1].0)?;
+        let interface = interface.unwrap_or_default();
+        Ok(Pod { _attachment: Some(attachment), name: name.to_owned(), host, number, interface, ns })
     }
 
     fn wire_by_route(&self, node: &Node, pod: &Pod) -> Result<()> {
@@ -422,6 +437,8 @@ impl Node {
 /// A pod: a namespace with an address of each family.
 #[derive(Debug)]
 pub struct Pod {
+    // Dropped before the namespace.
+    _attachment: Option<Attachment>,
     pub ns: Namespace,
     name: String,
     host: Host,
