@@ -55,7 +55,7 @@ pub trait Tables: Operations {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Candidate {
     /// Perhaps to a frontend.
-    to_frontend: bool,
+    pub to_frontend: bool,
     /// Perhaps from a backend.
     from_backend: bool,
 }

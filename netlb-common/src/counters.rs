@@ -43,7 +43,7 @@ counters! {
     TtlExpired "ttl_expired" "packets of services left to the kernel because they have no hop left",
     TooBig "too_big" "packets answered with an ICMP error because they do not fit the way out",
     NoRoute "no_route" "packets dropped because no route leads to their backend or client",
-    Fragment "fragment" "fragments passed untouched",
+    Fragment "fragment" "fragments passed untouched because their datagram's first one, which has the ports, was not seen",
     Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
     RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
     SnatExhausted "snat_exhausted" "new connections dropped because every port tried of the node's address is taken at their backend",
@@ -51,6 +51,8 @@ counters! {
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
     SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
+    FragmentsHeld "fragments_held" "fragments that came before their datagram's first one, and were kept until that came",
+    FragmentsLost "fragments_lost" "kept fragments dropped: the first one did not come in time, or the kernel had no room for them",
 }
 
 impl Counter {

@@ -19,6 +19,7 @@ pub mod conntrack;
 pub mod counters;
 pub mod filter;
 pub mod flow;
+pub mod fragment;
 pub mod hop;
 pub mod maps;
 pub mod network;

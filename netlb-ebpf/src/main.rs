@@ -7,6 +7,7 @@
 #![feature(asm_experimental_arch)]
 
 mod forward;
+mod fragment;
 mod frame;
 mod maps;
 mod pipeline;

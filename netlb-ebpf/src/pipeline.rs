@@ -8,7 +8,7 @@ use netlb_common::{
     flow::{Parsed, Tuple},
     maps::role,
     snat::Snat,
-    wire::Ignore,
+    wire::{Ignore, Part},
 };
 
 use crate::{
@@ -33,7 +33,6 @@ fn read<T>(result: Result<T, Ignore>) -> Option<T> {
         Ok(value) => Some(value),
         Err(why) => {
             match why {
-                Ignore::Fragment => maps::count(Counter::Fragment),
                 Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
                 Ignore::NotIp | Ignore::NotTcpOrUdp => {}
             }
@@ -67,6 +66,12 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
     work.translation = Translation::none();
+    if work.packet.part != Part::Whole {
+        match frame.join(work) {
+            Verdict::Translate => {}
+            verdict => return (verdict, None),
+        }
+    }
     // SAFETY: the same reference.
     let work = unsafe { &mut *maps::forget(work) };
     let verdict = match balance::known(Kernel, &work.packet, &work.lookup, can_leave_by, &mut work.translation) {

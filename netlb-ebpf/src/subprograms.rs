@@ -10,12 +10,14 @@ use netlb_common::{
     balance::{self, Lookup, Reach, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
+    fragment::Region,
     snat::Snat,
     table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
 
 use crate::{
+    fragment,
     frame::{Frame, Skb, Xdp},
     maps::{self, Kernel, Work},
     pipeline, tc, xdp,
@@ -77,6 +79,60 @@ subprogram! {
     }
 }
 
+subprogram! {
+    fn fragment_hold(skb: *mut __sk_buff, datagram: u64, now: u32) -> u32 {
+        fragment::hold(&Skb::new(skb), Fingerprint(datagram), Ticks(now)) as u32
+    }
+
+    fn fragment_release(skb: *mut __sk_buff, datagram: u64, now: u32) -> u32 {
+        fragment::release(&Skb::new(skb), Fingerprint(datagram), Ticks(now)) as u32
+    }
+
+    fn fragment_send(skb: *mut __sk_buff, datagram: u64, place: u32, is_sent: u32) -> u32 {
+        fragment::send_held(&Skb::new(skb), Fingerprint(datagram), place as usize, is_sent != 0) as u32
+    }
+
+    fn fragment_free_place(datagram: u64, from: u32, now: u32) -> u32 {
+        let region = maps::held_region(Fingerprint(datagram));
+        region.map_or(Region::PLACES as usize, |region| region.free_place(from as usize, Ticks(now))) as u32
+    }
+
+    fn fragment_place_of(datagram: u64, from: u32) -> u32 {
+        let region = maps::held_region(Fingerprint(datagram));
+        region.map_or(Region::PLACES as usize, |region| region.place_of(from as usize, Fingerprint(datagram))) as u32
+    }
+}
+
+/// See [`fragment::hold`].
+#[inline(always)]
+pub(crate) fn hold(frame: &Skb, datagram: Fingerprint, now: Ticks) -> Verdict {
+    verdict(fragment_hold(frame.skb(), datagram.0, now.0))
+}
+
+/// See [`fragment::release`].
+#[inline(always)]
+pub(crate) fn release(frame: &Skb, datagram: Fingerprint, now: Ticks) -> bool {
+    fragment_release(frame.skb(), datagram.0, now.0) != 0
+}
+
+/// See [`fragment::send_held`].
+#[inline(always)]
+pub(crate) fn send_held(frame: &Skb, datagram: Fingerprint, place: usize, is_sent: bool) -> bool {
+    fragment_send(frame.skb(), datagram.0, place as u32, is_sent as u32) != 0
+}
+
+/// See [`Region::free_place`].
+#[inline(always)]
+pub(crate) fn free_place(datagram: Fingerprint, from: usize, now: Ticks) -> usize {
+    fragment_free_place(datagram.0, from as u32, now.0) as usize
+}
+
+/// See [`Region::place_of`].
+#[inline(always)]
+pub(crate) fn place_of(datagram: Fingerprint, from: usize) -> usize {
+    fragment_place_of(datagram.0, from as u32) as usize
+}
+
 /// Logs that a flow began.
 #[inline(always)]
 pub(crate) fn log_flow(frame: &Skb, service: u32) {
@@ -93,10 +149,46 @@ pub(crate) trait Parts: Sized {
 }
 
 /// Those that need the frame, for each hook and family.
-pub(crate) trait Hook<A>: Frame + Reach<A> {
+pub(crate) trait Hook<A>: Frame + Reach<A> + Join<A> {
     fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
     /// Rewrites a packet and sends it on.
     fn dispatch(&self, work: &Work<A>) -> i32;
+}
+
+/// What a hook does with fragments.
+pub(crate) trait Join<A> {
+    /// See [`fragment::join`].
+    fn join(&self, work: &mut Work<A>) -> Verdict;
+}
+
+macro_rules! join {
+    ($family:ty, $join:ident) => {
+        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
+        subprogram! {
+            fn $join(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                fragment::join(&Skb::new(skb), work) as u32
+            }
+        }
+
+        impl Join<$family> for Skb {
+            #[inline(always)]
+            fn join(&self, work: &mut Work<$family>) -> Verdict {
+                verdict($join(self.skb(), work))
+            }
+        }
+    };
+}
+
+join!(Ipv4Be, join_v4);
+join!(Ipv6Be, join_v6);
+
+/// They are TC's.
+impl<A> Join<A> for Xdp {
+    #[inline(always)]
+    fn join(&self, _: &mut Work<A>) -> Verdict {
+        Verdict::Pass
+    }
 }
 
 macro_rules! parts {

@@ -4,7 +4,7 @@ use core::mem::{offset_of, size_of};
 
 use network_types::ip::Ipv6Hdr;
 
-use super::{Fields, Ignore, PacketBytes, tcp, udp};
+use super::{Fields, Ignore, PacketBytes, Part, tcp, udp};
 use crate::addr::Ipv6Be;
 
 pub const LEN: usize = size_of::<Ipv6Hdr>();
@@ -54,13 +54,30 @@ impl<W: Fields> Ipv6<W> {
     }
 }
 
-/// The protocol of the transport header and where it stands, past the extension headers.
+/// The offset, and whether more fragments follow (RFC 8200 §4.5).
+const MORE_FRAGMENTS: u16 = 1_u16.to_be();
+const OFFSET: u16 = 0xfff8_u16.to_be();
+
+/// What stands past the extension headers.
+#[derive(Clone, Copy, Debug)]
+pub struct Transport {
+    /// For a later fragment the header after the fragment header, which may be another extension.
+    pub protocol: u8,
+    /// Where it stands.
+    pub offset: usize,
+    pub part: Part,
+    /// What the fragments of a datagram have in common.
+    pub id: u32,
+}
+
+/// Passes over the extension headers.
 #[inline(always)]
-pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<(u8, usize), Ignore> {
+pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<Transport, Ignore> {
     let mut header = first;
+    let (mut part, mut id) = (Part::Whole, 0);
     for _ in 0..=MAX_EXTENSIONS {
         if header == tcp::PROTOCOL || header == udp::PROTOCOL {
-            return Ok((header, offset));
+            return Ok(Transport { protocol: header, offset, part, id });
         }
         let is_known = header == HOP_BY_HOP
             || header == ROUTING
@@ -70,11 +87,16 @@ pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: us
         if !is_known {
             return Err(Ignore::NotTcpOrUdp);
         }
+        if part == Part::Later {
+            return Ok(Transport { protocol: header, offset, part, id });
+        }
         let extension = packet.window(offset, 8)?;
         if header == FRAGMENT {
-            // Offset or the M flag; with neither this is an atomic fragment (RFC 6946), a whole datagram.
-            if extension.half(2) & 0xfff9_u16.to_be() != 0 {
-                return Err(Ignore::Fragment);
+            // With neither of both this is an atomic fragment (RFC 6946), a whole datagram.
+            match extension.half(2) & (MORE_FRAGMENTS | OFFSET) {
+                0 => {}
+                MORE_FRAGMENTS => (part, id) = (Part::First, extension.word(4)),
+                _ => (part, id) = (Part::Later, extension.word(4)),
             }
             offset += 8;
         } else if header == AUTHENTICATION {
