@@ -237,12 +237,13 @@ fn requests_out_of_order_wait_for_the_first_fragment() -> TestResult {
     Ok(())
 }
 
-/// The first fragment becomes the one that waited for it, as long or shorter: the kernel compares the sum with its bytes.
+/// The first fragment becomes the one that waited for it: the kernel compares the sum with its bytes. For a frame of another length the kernel
+/// gives the sum up.
 #[test]
 fn a_first_fragment_that_a_device_summed_brings_the_others_back() -> TestResult {
     let mut lab = Lab::fast()?;
     for case in CASES {
-        for n in [1, 3] {
+        for n in [1, 2] {
             lab.begin([case.service(&[3])]);
             let frames = pieces(&request(case), number(case) << 8 | n as u32);
             let tap = Tap::on(CLIENTS)?;
