@@ -51,6 +51,7 @@ counters! {
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
     SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
+    IcmpTranslated "icmp_translated" "ICMP errors about translated packets, made errors about the packets that were sent",
 }
 
 impl Counter {

@@ -8,6 +8,7 @@
 
 mod forward;
 mod frame;
+mod icmp;
 mod maps;
 mod pipeline;
 mod rewrite;

@@ -10,6 +10,7 @@ use crate::addr::Ipv4Be;
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
+pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
 pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
 pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);
@@ -18,6 +19,7 @@ pub const DESTINATION: usize = offset_of!(Ipv4Hdr, dst_addr);
 const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
 /// More fragments, or an offset.
 const FRAGMENT: u16 = 0x3fff_u16.to_be();
+const FRAGMENT_OFFSET: u16 = 0x1fff_u16.to_be();
 
 /// A header that is there in its fixed part.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +44,18 @@ impl<W: Fields> Ipv4<W> {
         self.0.half(offset_of!(Ipv4Hdr, frags)) & FRAGMENT != 0
     }
 
+    /// Whether the transport header is in another fragment.
+    #[inline(always)]
+    pub fn is_later_fragment(self) -> bool {
+        self.0.half(offset_of!(Ipv4Hdr, frags)) & FRAGMENT_OFFSET != 0
+    }
+
+    /// The packet's length, this header included.
+    #[inline(always)]
+    pub fn total_len(self) -> u16 {
+        u16::from_be(self.0.half(TOTAL_LEN))
+    }
+
     #[inline(always)]
     pub fn dont_fragment(self) -> bool {
         self.0.half(offset_of!(Ipv4Hdr, frags)) & DONT_FRAGMENT != 0
@@ -54,7 +68,7 @@ impl<W: Fields> Ipv4<W> {
 
     #[inline(always)]
     pub fn protocol(self) -> u8 {
-        self.0.byte(offset_of!(Ipv4Hdr, proto))
+        self.0.byte(PROTOCOL)
     }
 
     #[inline(always)]
