@@ -77,7 +77,7 @@ fn a_client_learns_at_once_that_its_backend_has_no_socket() -> TestResult {
                 let netlb = serve(&bed, forwarding, family, "udp", &backend)?;
                 let what = || format!("{site:?}, {forwarding}, {family}; {}", netlb.log());
                 let error = client.enter(|| ask(server(family)))?.with_context(what)?;
-                ensure!(error.kind() == ErrorKind::ConnectionRefused, "{}: {error}", what());
+                assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{}", what());
             }
         }
     }
@@ -229,9 +229,8 @@ fn a_router_on_the_way_to_the_backend_shows_itself_to_the_client() -> TestResult
                 .ns
                 .enter(|| probe(server(family), 2))?
                 .with_context(|| format!("{forwarding}, {family}; {}", netlb.log()))?;
-            ensure!(about == server(family), "{forwarding}, {family}: an error about a packet to {about}");
-            let expected = Host::B.underlay_address(family);
-            ensure!(router == expected, "{forwarding}, {family}: an error by {router}, not by {expected}");
+            let expected = (server(family), Host::B.underlay_address(family));
+            assert_eq!((about, router), expected, "{forwarding}, {family}: what the packet was, and who answered");
         }
     }
     Ok(())
