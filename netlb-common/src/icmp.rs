@@ -291,7 +291,9 @@ pub fn translate<A: Family, T: Tables>(tables: T, error: &Error<A>, scope: Scope
     let found = tables.find(fingerprint, now)?;
     let direction = found.data.direction();
     let has_snat = found.data.has_snat();
-    if !scope.has(direction) && !(has_snat && scope == Scope::Forward) {
+    // As with packets: what comes to an address of the node is translated where it comes in.
+    let comes_to_node = has_snat && scope == Scope::Forward;
+    if !scope.has(direction) && !comes_to_node {
         return None;
     }
     let mut translation = match direction {
