@@ -53,6 +53,7 @@ counters! {
     SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
     FragmentsHeld "fragments_held" "fragments that came before their datagram's first one, and were kept until that came",
     FragmentsLost "fragments_lost" "kept fragments dropped: the first one did not come in time, or the kernel had no room for them",
+    IcmpTranslated "icmp_translated" "ICMP errors about translated packets, made errors about the packets that were sent",
 }
 
 impl Counter {

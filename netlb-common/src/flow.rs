@@ -22,6 +22,21 @@ pub struct Tuple<A> {
     pub protocol: u8,
 }
 
+impl<A: Copy> Tuple<A> {
+    /// From the destination to the source.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            source_port: self.destination_port,
+            destination: self.source,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+        }
+    }
+}
+
 /// A TCP or UDP packet, read once: everything the data path needs of it, so that no pointer into the packet outlives a helper call.
 ///
 /// A later fragment has no transport header. Its ports are zero until it is [joined](crate::fragment::First::join) to the first one.

@@ -21,6 +21,7 @@ pub mod filter;
 pub mod flow;
 pub mod fragment;
 pub mod hop;
+pub mod icmp;
 pub mod maps;
 pub mod network;
 pub mod select;

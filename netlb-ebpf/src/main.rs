@@ -9,6 +9,7 @@
 mod forward;
 mod fragment;
 mod frame;
+mod icmp;
 mod maps;
 mod pipeline;
 mod rewrite;

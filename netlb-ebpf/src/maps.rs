@@ -17,6 +17,7 @@ use netlb_common::{
     flow::{Family, Fingerprint, HashKey, Parsed},
     fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop, Way},
+    icmp::{Error, Meaning},
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
@@ -88,7 +89,7 @@ static META: Array<Meta, 1> = Array::new();
 
 #[repr(C)]
 struct Scratch {
-    work: [u64; 20],
+    work: [u64; 24],
     new: New,
 }
 
@@ -100,7 +101,15 @@ pub(crate) struct Work<A> {
     pub(crate) lookup: Lookup,
 }
 
-const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 20]>());
+/// An ICMP error under way: what it says, and what it is to say.
+#[repr(C)]
+pub(crate) struct Errand<A> {
+    pub(crate) error: Error<A>,
+    pub(crate) meaning: Meaning<A>,
+}
+
+const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 24]>());
+const _: () = assert!(size_of::<Errand<Ipv6Be>>() <= size_of::<[u64; 24]>());
 
 /// This CPU's place for the packet under way. Whoever takes it fills it in before reading it.
 #[inline(always)]
@@ -108,6 +117,12 @@ pub(crate) fn work<A: Family>() -> Option<*mut Work<A>> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: within the element.
     Some(unsafe { &raw mut (*scratch).work }.cast())
+}
+
+/// The same place, for an ICMP error.
+#[inline(always)]
+pub(crate) fn errand<A: Family>() -> Option<*mut Errand<A>> {
+    Some(work::<A>()?.cast())
 }
 
 /// The same pointer, of whose contents the compiler knows nothing any more: it reads them again where it needs them, instead of keeping

@@ -14,6 +14,7 @@ use netlb_common::{
 use crate::{
     forward::{self, Outcome, Routable},
     frame::Frame,
+    icmp::Errors,
     maps::{self, Kernel, Work},
     rewrite::{Rewrite, RewriteInPlace},
     subprograms::{Hook, Parts},
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// A family with all that packets need.
-pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Parts {}
+pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Errors + Parts {}
 
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
-    balance::{self, Lookup, Reach, Selection, Tables as _, Verdict},
+    balance::{self, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
     fragment::Region,
@@ -19,7 +19,8 @@ use netlb_common::{
 use crate::{
     fragment,
     frame::{Frame, Skb, Xdp},
-    maps::{self, Kernel, Work},
+    icmp,
+    maps::{self, Errand, Kernel, Work},
     pipeline, tc, xdp,
 };
 
@@ -146,6 +147,12 @@ pub(crate) trait Parts: Sized {
     fn tend(work: &Work<Self>);
     /// Rewrites a packet that the kernel sends.
     fn restore(frame: &Skb, work: &Work<Self>) -> i32;
+    /// See [`icmp::read`].
+    fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool;
+    /// See [`icmp::understand`].
+    fn understand_error(errand: *mut Errand<Self>, scope: Scope) -> bool;
+    /// See [`icmp::send`].
+    fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32;
 }
 
 /// Those that need the frame, for each hook and family.
@@ -192,7 +199,7 @@ impl<A> Join<A> for Xdp {
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $lost_reply:ident, $tend:ident, $restore:ident) => {
+    ($family:ty, $select:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>) -> u64 {
@@ -212,6 +219,18 @@ macro_rules! parts {
 
             fn $restore(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
                 unsafe { work.as_ref() }.map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
+            }
+
+            fn $read_error(skb: *mut __sk_buff, errand: *mut Errand<$family>) -> u32 {
+                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::read(&Skb::new(skb), errand)) as u32
+            }
+
+            fn $understand_error(errand: *mut Errand<$family>, scope: u32) -> u32 {
+                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::understand(errand, self::scope(scope))) as u32
+            }
+
+            fn $send_error(skb: *mut __sk_buff, errand: *const Errand<$family>, scope: u32) -> i32 {
+                unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| icmp::send(&Skb::new(skb), errand, self::scope(scope)))
             }
         }
 
@@ -235,12 +254,27 @@ macro_rules! parts {
             fn restore(frame: &Skb, work: &Work<Self>) -> i32 {
                 $restore(frame.skb(), work)
             }
+
+            #[inline(always)]
+            fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool {
+                $read_error(frame.skb(), errand) != 0
+            }
+
+            #[inline(always)]
+            fn understand_error(errand: *mut Errand<Self>, scope: Scope) -> bool {
+                $understand_error(errand, scope as u32) != 0
+            }
+
+            #[inline(always)]
+            fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32 {
+                $send_error(frame.skb(), errand, scope as u32)
+            }
         }
     };
 }
 
-parts!(Ipv4Be, select_v4, lost_reply_v4, tend_v4, restore_v4);
-parts!(Ipv6Be, select_v6, lost_reply_v6, tend_v6, restore_v6);
+parts!(Ipv4Be, select_v4, lost_reply_v4, tend_v4, restore_v4, read_error_v4, understand_error_v4, send_error_v4);
+parts!(Ipv6Be, select_v6, lost_reply_v6, tend_v6, restore_v6, read_error_v6, understand_error_v6, send_error_v6);
 
 macro_rules! hook {
     ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $returns_here:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
@@ -341,6 +375,18 @@ const fn verdict(number: u32) -> Verdict {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
         _ => Verdict::Drop,
+    }
+}
+
+/// A scope from its number.
+#[inline(always)]
+const fn scope(number: u32) -> Scope {
+    const BOTH: u32 = Scope::Both as u32;
+    const FORWARD: u32 = Scope::Forward as u32;
+    match number {
+        BOTH => Scope::Both,
+        FORWARD => Scope::Forward,
+        _ => Scope::Replies,
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     DROP, NEXT,
     forward::{self, Outcome, Route},
     frame::{Frame as _, Skb},
+    icmp,
     maps::{self, Work},
     pipeline::{self, Packet},
     rewrite::rewrite,
@@ -61,7 +62,7 @@ where
             frame.dispatch(work)
         }
         (Verdict::Drop, _) => DROP,
-        _ => NEXT,
+        _ => icmp::pass::<A>(frame, scope),
     }
 }
 
@@ -77,7 +78,7 @@ where
             A::restore(frame, work)
         }
         (Verdict::Drop, _) => DROP,
-        _ => NEXT,
+        _ => icmp::pass::<A>(frame, Scope::Replies),
     }
 }
 

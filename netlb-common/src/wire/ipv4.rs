@@ -10,6 +10,7 @@ use crate::addr::Ipv4Be;
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
+pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
 pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
 pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);
@@ -52,6 +53,12 @@ impl<W: Fields> Ipv4<W> {
         self.0.half(offset_of!(Ipv4Hdr, id))
     }
 
+    /// The packet's length, this header included.
+    #[inline(always)]
+    pub fn total_len(self) -> u16 {
+        u16::from_be(self.0.half(TOTAL_LEN))
+    }
+
     #[inline(always)]
     pub fn dont_fragment(self) -> bool {
         self.0.half(offset_of!(Ipv4Hdr, frags)) & DONT_FRAGMENT != 0
@@ -64,7 +71,7 @@ impl<W: Fields> Ipv4<W> {
 
     #[inline(always)]
     pub fn protocol(self) -> u8 {
-        self.0.byte(offset_of!(Ipv4Hdr, proto))
+        self.0.byte(PROTOCOL)
     }
 
     #[inline(always)]

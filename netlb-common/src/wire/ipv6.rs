@@ -9,6 +9,7 @@ use crate::addr::Ipv6Be;
 
 pub const LEN: usize = size_of::<Ipv6Hdr>();
 pub const PAYLOAD_LEN: usize = offset_of!(Ipv6Hdr, payload_len);
+pub const NEXT_HEADER: usize = offset_of!(Ipv6Hdr, next_hdr);
 pub const HOP_LIMIT: usize = offset_of!(Ipv6Hdr, hop_limit);
 pub const SOURCE: usize = offset_of!(Ipv6Hdr, src_addr);
 pub const DESTINATION: usize = offset_of!(Ipv6Hdr, dst_addr);
@@ -35,7 +36,13 @@ impl<W: Fields> Ipv6<W> {
 
     #[inline(always)]
     pub fn next_header(self) -> u8 {
-        self.0.byte(offset_of!(Ipv6Hdr, next_hdr))
+        self.0.byte(NEXT_HEADER)
+    }
+
+    /// What follows this header.
+    #[inline(always)]
+    pub fn payload_len(self) -> u16 {
+        u16::from_be(self.0.half(PAYLOAD_LEN))
     }
 
     #[inline(always)]
