@@ -363,7 +363,8 @@ pub struct Settings {
     pub log_level: u32,
     /// The ports that clients get with an address of the node.
     pub snat_ports: Ports,
-    pub pad: u32,
+    /// Whether the addresses of services that are [`owned`](Self::owned) answer echo requests.
+    pub echo: u32,
     /// Addresses that are services' or nobody's.
     pub owned: Networks,
     /// Addresses of the node's pods, whatever interface their packets come in on.
@@ -429,6 +430,7 @@ mod pod {
         };
     }
     pod!(
+        Addr,
         EndpointKey,
         ConfigRef,
         Config,

@@ -184,7 +184,7 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     forwarding: 0,
     log_level: 0,
     snat_ports: Ports { first: 0, more: 0 },
-    pad: 0,
+    echo: 0,
     owned: Networks::NONE,
     pods: Networks::NONE,
 });
