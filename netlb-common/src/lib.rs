@@ -20,6 +20,7 @@ pub mod counters;
 pub mod filter;
 pub mod flow;
 pub mod hop;
+pub mod limit;
 pub mod maps;
 pub mod network;
 pub mod select;
