@@ -391,7 +391,6 @@ pub fn place<A: Family, T: Tables>(
 ) -> Verdict {
     let Some(config) = tables.config(selection.config()) else { return Verdict::Drop };
     let mut selection = selection;
-    let mut verdict = Verdict::Reject;
     for _ in 0..OFFERS {
         let id = match selection.backend() {
             0 => member_id(tables, config, selection.member()),
@@ -412,13 +411,15 @@ pub fn place<A: Family, T: Tables>(
                 return Verdict::Pass;
             }
             Offer::Full => return Verdict::Drop,
-            Offer::Conflict => verdict = Verdict::Drop,
+            Offer::Conflict => selection = selection.with_conflict(),
         }
     }
-    if verdict == Verdict::Drop {
-        tables.count(Counter::FlowConflict);
+    // All of them drain.
+    if !selection.has_conflict() {
+        return Verdict::Reject;
     }
-    verdict
+    tables.count(Counter::FlowConflict);
+    Verdict::Drop
 }
 
 /// What a hook knows of the ways to backends and back.
@@ -428,22 +429,19 @@ pub trait Reach<A> {
 }
 
 /// Whether a flow must have an address of the node as its source, for its replies to come back here or because its service wants it so.
-/// `flags` are the service's. The others are asked only where it depends on them.
+/// `flags` are the service's, and `is_outside` says that the packet comes from
+/// outside.
 #[inline(always)]
 pub fn needs_snat<A: Family>(
     packet: &Parsed<A>,
     backend: &Backend,
     flags: u32,
-    is_outside: impl FnOnce() -> bool,
+    is_outside: bool,
     returns_here: impl FnOnce(A) -> bool,
 ) -> bool {
     let backend = A::from_map(backend.addr);
-    let wanted = flags & (Config::SNAT_PODS | Config::SNAT_OUTSIDE);
-    let of = |is_outside: bool| if is_outside { Config::SNAT_OUTSIDE } else { Config::SNAT_PODS };
-    backend == packet.tuple.source
-        || wanted == Config::SNAT_PODS | Config::SNAT_OUTSIDE
-        || (wanted != 0 && wanted == of(is_outside()))
-        || (flags & Config::SNAT_NEVER == 0 && !returns_here(backend))
+    let wanted = if is_outside { Config::SNAT_OUTSIDE } else { Config::SNAT_PODS };
+    backend == packet.tuple.source || flags & wanted != 0 || (flags & Config::SNAT_NEVER == 0 && !returns_here(backend))
 }
 
 /// The first of a flow's [attempts](attempt) at a source that is one.

@@ -50,7 +50,7 @@ counters! {
     SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
-    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
+    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend for them, or does not let the node in",
     NoLocalBackend "no_local_backend" "new connections dropped because their service has backends, but none that its policy gives to such clients",
     SourceRange "source_range" "new connections dropped because their client is in none of the service's source ranges",
     UnknownPort "unknown_port" "packets refused because the services at their destination have no such port",

@@ -26,6 +26,7 @@ pub mod network;
 pub mod select;
 pub mod snat;
 pub mod socket;
+pub mod stray;
 pub mod table;
 #[cfg(test)]
 mod testing;

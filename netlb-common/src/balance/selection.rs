@@ -22,7 +22,7 @@ const SEARCHED: u32 = 64;
 /// The service of a packet the flow table says nothing of, and whom its flow is offered to first. One word: what a subprogram returns.
 ///
 /// ```text
-/// bit 0: a backend that is asked before all members, or 0; 21: member; 38: known; 39: affine; 40: index in `CONFIGS`
+/// bit 0: a backend that is asked before all members, or 0; 21: member; 38: known; 39: affine; 40: index in `CONFIGS`; 63: conflict
 /// ```
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
@@ -43,6 +43,9 @@ impl Selection {
     /// The client is to keep its backend.
     const AFFINE: u64 = 1 << 39;
     const CONFIG: u32 = 40;
+    const CONFIG_BITS: u32 = 23;
+    /// Somebody who was asked would have taken the flow, if the client's port were not in use there.
+    const CONFLICT: u64 = 1 << 63;
 
     #[inline(always)]
     pub(super) const fn new(config: u32, member: u32) -> Self {
@@ -67,7 +70,7 @@ impl Selection {
 
     #[inline(always)]
     pub(super) const fn config(self) -> u32 {
-        (self.0 >> Self::CONFIG) as u32
+        (self.0 >> Self::CONFIG) as u32 & ((1 << Self::CONFIG_BITS) - 1)
     }
 
     /// The backend that is asked before the members; 0 if there is none.
@@ -95,6 +98,16 @@ impl Selection {
     #[inline(always)]
     pub(super) const fn is_known(self) -> bool {
         self.0 & Self::KNOWN != 0
+    }
+
+    #[inline(always)]
+    pub(super) const fn with_conflict(self) -> Self {
+        Self(self.0 | Self::CONFLICT)
+    }
+
+    #[inline(always)]
+    pub(super) const fn has_conflict(self) -> bool {
+        self.0 & Self::CONFLICT != 0
     }
 
     /// Whether the client's backend is to be [remembered](remember) when the flow is made.
