@@ -654,3 +654,6 @@ pub fn lost_reply<A: Family, T: Tables>(
     }
     Verdict::Pass
 }
+
+#[cfg(test)]
+mod tests;

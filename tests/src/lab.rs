@@ -42,6 +42,7 @@ pub const DROP: i32 = 2;
 pub const REDIRECT: i32 = 7;
 
 /// The same of XDP.
+pub const XDP_DROP: i32 = 1;
 pub const XDP_PASS: i32 = 2;
 pub const XDP_TX: i32 = 3;
 pub const XDP_REDIRECT: i32 = 4;
