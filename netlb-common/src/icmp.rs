@@ -18,6 +18,7 @@ use crate::{
     conntrack::Direction,
     filter::{self, Kind},
     flow::{Family, NETWORK, Tuple},
+    stray::Strays,
     time::Ticks,
     wire::{
         Fields as _, Ignore, PacketBytes, Part,
@@ -75,9 +76,8 @@ pub struct Error<A> {
 }
 
 /// A family whose errors can be read.
-pub trait Messages: Family {
-    /// The protocol number of its ICMP, and where that stands in an IP header without extensions.
-    const ICMP: u8;
+pub trait Messages: Strays {
+    /// Where the protocol's number stands in an IP header without extensions.
     const PROTOCOL_AT: usize;
 
     /// Whether messages of a type quote a packet.
@@ -91,7 +91,6 @@ pub trait Messages: Family {
 }
 
 impl Messages for Ipv4Be {
-    const ICMP: u8 = v4::PROTOCOL;
     const PROTOCOL_AT: usize = crate::wire::ipv4::PROTOCOL;
 
     #[inline(always)]
@@ -134,7 +133,6 @@ fn header(ip: Ipv4<impl crate::wire::Fields>) -> Header<Ipv4Be> {
 }
 
 impl Messages for Ipv6Be {
-    const ICMP: u8 = v6::PROTOCOL;
     const PROTOCOL_AT: usize = ipv6::NEXT_HEADER;
 
     #[inline(always)]

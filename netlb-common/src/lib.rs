@@ -22,11 +22,13 @@ pub mod flow;
 pub mod fragment;
 pub mod hop;
 pub mod icmp;
+pub mod limit;
 pub mod maps;
 pub mod network;
 pub mod select;
 pub mod snat;
 pub mod socket;
+pub mod stray;
 pub mod table;
 #[cfg(test)]
 mod testing;

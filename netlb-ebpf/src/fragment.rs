@@ -37,7 +37,7 @@ pub(crate) fn join<A: Packet>(frame: &Skb, work: &mut Work<A>) -> Verdict {
         match subprograms::hold(frame, datagram, now) {
             Verdict::Translate => first = maps::first_fragment(datagram, now),
             Verdict::Pass => {}
-            Verdict::Drop => return Verdict::Drop,
+            _ => return Verdict::Drop,
         }
     }
     let Some(first) = first else {

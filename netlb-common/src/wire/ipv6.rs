@@ -61,6 +61,17 @@ impl<W: Fields> Ipv6<W> {
     }
 }
 
+/// Whether a header of the kind is passed over on the way to the transport header.
+#[inline(always)]
+#[must_use]
+pub const fn is_extension(header: u8) -> bool {
+    header == HOP_BY_HOP
+        || header == ROUTING
+        || header == DESTINATION_OPTIONS
+        || header == AUTHENTICATION
+        || header == FRAGMENT
+}
+
 /// The offset, and whether more fragments follow (RFC 8200 §4.5).
 const MORE_FRAGMENTS: u16 = 1_u16.to_be();
 const OFFSET: u16 = 0xfff8_u16.to_be();
@@ -86,12 +97,7 @@ pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: us
         if header == tcp::PROTOCOL || header == udp::PROTOCOL {
             return Ok(Transport { protocol: header, offset, part, id });
         }
-        let is_known = header == HOP_BY_HOP
-            || header == ROUTING
-            || header == DESTINATION_OPTIONS
-            || header == AUTHENTICATION
-            || header == FRAGMENT;
-        if !is_known {
+        if !is_extension(header) {
             return Err(Ignore::NotTcpOrUdp);
         }
         if part == Part::Later {
