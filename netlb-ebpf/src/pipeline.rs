@@ -27,19 +27,13 @@ pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Strays +
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
 
-/// What was read, or why not, in a counter.
+/// Counts why a packet was not read.
 #[inline(always)]
-fn read<T>(result: Result<T, Ignore>) -> Option<T> {
-    match result {
-        Ok(value) => Some(value),
-        Err(why) => {
-            match why {
-                Ignore::Fragment => maps::count(Counter::Fragment),
-                Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
-                Ignore::NotIp | Ignore::NotTcpOrUdp => {}
-            }
-            None
-        }
+fn note(why: Ignore) {
+    match why {
+        Ignore::Fragment => maps::count(Counter::Fragment),
+        Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
+        Ignore::NotIp | Ignore::NotTcpOrUdp => {}
     }
 }
 
@@ -51,14 +45,23 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     can_leave_by: impl Fn(u16) -> bool,
 ) -> (Verdict, Option<&'a mut Work<A>>) {
     const PASS: Verdict = Verdict::Pass;
-    let Some((source, destination)) = read(A::addresses(frame)) else { return (PASS, None) };
+    let (source, destination) = match A::addresses(frame) {
+        Ok(addresses) => addresses,
+        Err(why) => {
+            note(why);
+            return (PASS, None);
+        }
+    };
     let Some(candidate) = balance::candidate(&Kernel, source, destination) else { return (PASS, None) };
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
-    let parsed = A::parse(frame);
-    if maps::has_owned() && scope != Scope::Replies && matches!(parsed, Err(Ignore::NotTcpOrUdp)) {
-        return (frame.stray(), None);
-    }
-    let Some(packet) = read(parsed) else { return (PASS, None) };
+    let packet = match A::parse(frame) {
+        Ok(packet) => packet,
+        Err(Ignore::NotTcpOrUdp) if scope != Scope::Replies && maps::has_owned() => return (frame.stray(), None),
+        Err(why) => {
+            note(why);
+            return (PASS, None);
+        }
+    };
     // SAFETY: this CPU's; a field is written before it is read.
     let work = unsafe {
         (&raw mut (*place).packet).write(packet);
