@@ -28,9 +28,9 @@ pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Errors +
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
 
-/// Counts why a packet is left alone.
+/// Counts why a packet was not read.
 #[inline(always)]
-fn ignore(why: Ignore) {
+fn note(why: Ignore) {
     match why {
         Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
         Ignore::NotIp | Ignore::NotTcpOrUdp => {}
@@ -48,7 +48,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     let (source, destination) = match A::addresses(frame) {
         Ok(addresses) => addresses,
         Err(why) => {
-            ignore(why);
+            note(why);
             return (PASS, None);
         }
     };
@@ -56,9 +56,9 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
     let packet = match A::parse(frame) {
         Ok(packet) => packet,
-        Err(Ignore::NotTcpOrUdp) if maps::has_owned() && scope != Scope::Replies => return (frame.stray(), None),
+        Err(Ignore::NotTcpOrUdp) if scope != Scope::Replies && maps::has_owned() => return (frame.stray(), None),
         Err(why) => {
-            ignore(why);
+            note(why);
             return (PASS, None);
         }
     };
