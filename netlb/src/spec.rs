@@ -13,13 +13,7 @@ use std::{
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use utoipa::{
-    ToSchema,
-    openapi::{
-        RefOr,
-        schema::{ObjectBuilder, OneOfBuilder, Schema, Type},
-    },
-};
+use utoipa::ToSchema;
 
 use crate::{
     model::{
@@ -325,7 +319,9 @@ pub struct NodePortSpec {
 }
 
 impl utoipa::PartialSchema for NodePortSpec {
-    fn schema() -> RefOr<Schema> {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
+
         let number = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).maximum(Some(65535));
         let text = ObjectBuilder::new().schema_type(Type::String);
         OneOfBuilder::new().description(Some("A number or PORT/PROTOCOL")).item(number).item(text).into()

@@ -360,7 +360,8 @@ mod written_and_read {
     fn any_backends() -> impl Strategy<Value = Vec<Backend>> {
         let backend = (1_u64..=1000, any::<[bool; 4]>(), any_placement());
         vec(backend, 0..8).prop_map(|backends| {
-            let backend = |(host, (weight, [draining, ready, serving, terminating], placement)): (u8, _)| Backend {
+            type Said = (u64, [bool; 4], Option<Arc<Placement>>);
+            let backend = |(host, (weight, [draining, ready, serving, terminating], placement)): (u8, Said)| Backend {
                 address: ([10, 0, 0, host], 80).into(),
                 weight: Weight::new(weight).unwrap(),
                 state: if draining { BackendState::Draining } else { BackendState::Active },
