@@ -65,6 +65,7 @@ pub struct ServiceSpec {
     pub source_ranges: Vec<SourceRange>,
     /// Servers behind the service: `"ADDRESS:PORT"`, `"ADDRESS:PORT=WEIGHT"` or an object; with `publish`, the port may be left out
     #[serde(default)]
+    #[schema(value_type = Vec<BackendEntry>)]
     pub backends: Vec<BackendSpec>,
     /// How a backend is chosen for a new flow: `maglev`, `random` or `round-robin`
     #[serde(default)]
@@ -430,10 +431,10 @@ pub struct BackendSpec {
     #[schema(value_type = String, example = "10.244.1.2:8080")]
     pub address: BackendAddress,
     /// Share of new flows, relative to the service's other backends: 1 to 1000
-    #[schema(value_type = u16, default = 1, minimum = 1, maximum = 1000)]
+    #[schema(value_type = u16, required = false, default = 1, minimum = 1, maximum = 1000)]
     pub weight: Weight,
     /// `active` or `draining`
-    #[schema(value_type = String, default = "active")]
+    #[schema(value_type = String, required = false, default = "active")]
     pub state: BackendState,
     /// Whether it takes new flows, as those say who watch it
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -455,6 +456,16 @@ pub struct BackendSpec {
     #[serde(skip_serializing_if = "is_default")]
     #[schema(required = false)]
     pub hints: Hints,
+}
+
+/// What a backend may be written as, for the description of the API.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) enum BackendEntry {
+    /// ADDRESS:PORT or ADDRESS:PORT=WEIGHT
+    Text(String),
+    Table(BackendSpec),
 }
 
 /// Names of nodes and zones whose clients a backend is meant for.

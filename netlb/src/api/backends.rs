@@ -10,7 +10,7 @@ use crate::{
     control::Control,
     desired::{BackendPatch, Change, ChangeError},
     model::Backend,
-    spec::{BackendAddress, BackendSpec, SpecError},
+    spec::{BackendAddress, BackendEntry, BackendSpec, SpecError},
     view::{BackendView, ErrorView, List},
 };
 
@@ -29,7 +29,7 @@ pub(super) async fn list(
 }
 
 /// Add a backend
-#[utoipa::path(post, path = "/v1/services/{service}/backends", tag = "backends", request_body = BackendSpec,
+#[utoipa::path(post, path = "/v1/services/{service}/backends", tag = "backends", request_body = BackendEntry,
     params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 201, description = "Programmed and on disk", body = BackendView),

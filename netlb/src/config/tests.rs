@@ -83,7 +83,7 @@ fn an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one() {
     assert_eq!(
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackend = [\"10.244.1.2:8080\"]\n"),
         "\
-netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `load_balancer_ips`, `lb_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
+netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
   |
 3 | backend = [\"10.244.1.2:8080\"]
   | ^^^^^^^

@@ -13,7 +13,8 @@ use crate::{
     },
     nearest::nearest,
     spec::{
-        AddressSpec, BackendSpec, NodePortSpec, ServiceSpec, SourceRange, SpecError, addresses, placed, ports, servers,
+        AddressSpec, BackendEntry, BackendSpec, NodePortSpec, ServiceSpec, SourceRange, SpecError, addresses, placed,
+        ports, servers,
     },
 };
 
@@ -89,6 +90,7 @@ pub struct ServicePatch {
     pub source_ranges: Option<Vec<SourceRange>>,
     /// Replaces all backends
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<BackendEntry>>)]
     pub backends: Option<Vec<BackendSpec>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
