@@ -205,6 +205,15 @@ fn a_port_of_the_node_belongs_to_one_service() {
 }
 
 #[test]
+fn the_example_file_is_read() {
+    let services = parse_services("services.toml", include_str!("../../../docs/services.toml")).unwrap();
+    let names: Vec<_> = services.iter().map(Service::name).collect();
+    assert_eq!(names, ["default/web", "site", "dns", "[fd00:96::10]:80/tcp"]);
+    let claims: Vec<_> = services.iter().map(|service| service.claims().count()).collect();
+    assert_eq!(claims, [7, 2, 4, 1]);
+}
+
+#[test]
 fn a_service_has_everything_that_is_written() {
     let config = parse(
         r#"
