@@ -128,7 +128,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let path = self.directory.join(journal_name(self.journal));
         let entry = |(name, service): (&str, Option<&Service>)| match service {
-            Some(service) => Entry::Put(service.into()),
+            Some(service) => Entry::Put(Box::new(service.into())),
             None => Entry::Remove(name.to_owned()),
         };
         let record = journal::record(&edits.map(entry).collect::<Vec<_>>())

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::DesiredState;
 use crate::{
     model::{
-        Affinity, Algorithm, Backend, BackendState, Conditions, Frontend, Owner, Publish, Service, ServiceError,
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Owner, Publish, Service, ServiceError,
         SnatMode, TrafficPolicy, Weight, describe_claim, parse_claim,
     },
     nearest::nearest,
@@ -430,22 +430,29 @@ fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, SpecError> {
         replace(&mut definition.affinity, affinity);
         replace(&mut definition.external_traffic_policy, external_traffic_policy);
         replace(&mut definition.internal_traffic_policy, internal_traffic_policy);
-        // What these leave open is as the rest is by now.
-        let rest = || -> Result<(), SpecError> {
-            let external_ips = external_ips.map(|specs| addresses(specs, definition)).transpose()?;
-            let load_balancer_ips = load_balancer_ips.map(|specs| addresses(specs, definition)).transpose()?;
-            let node_ports = node_ports.map(|specs| ports(&specs, definition));
-            let backends = backends.map(|specs| servers(specs, definition)).transpose()?;
-            replace(&mut definition.external_ips, external_ips);
-            replace(&mut definition.load_balancer_ips, load_balancer_ips);
-            replace(&mut definition.node_ports, node_ports);
-            replace(&mut definition.backends, backends);
-            Ok(())
-        };
-        result = rest();
+        result = replace_open(definition, external_ips, load_balancer_ips, node_ports, backends);
     });
     result?;
     Ok(new?)
+}
+
+/// Replaces what may leave something open, which is then as the rest is by now.
+fn replace_open(
+    definition: &mut Definition,
+    external_ips: Option<Vec<AddressSpec>>,
+    load_balancer_ips: Option<Vec<AddressSpec>>,
+    node_ports: Option<Vec<NodePortSpec>>,
+    backends: Option<Vec<BackendSpec>>,
+) -> Result<(), SpecError> {
+    let external_ips = external_ips.map(|specs| addresses(specs, definition)).transpose()?;
+    let load_balancer_ips = load_balancer_ips.map(|specs| addresses(specs, definition)).transpose()?;
+    let node_ports = node_ports.map(|specs| ports(&specs, definition));
+    let backends = backends.map(|specs| servers(specs, definition)).transpose()?;
+    replace(&mut definition.external_ips, external_ips);
+    replace(&mut definition.load_balancer_ips, load_balancer_ips);
+    replace(&mut definition.node_ports, node_ports);
+    replace(&mut definition.backends, backends);
+    Ok(())
 }
 
 fn replace<T>(old: &mut T, new: Option<T>) {
