@@ -8,8 +8,8 @@ use utoipa::ToSchema;
 use super::DesiredState;
 use crate::{
     model::{
-        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Owner, Publish, Service, ServiceError,
-        SnatMode, TrafficPolicy, Weight, describe_claim, parse_claim,
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Owner, Publish, Service,
+        ServiceError, SnatMode, TrafficPolicy, Weight, describe_claim, parse_claim,
     },
     nearest::nearest,
     spec::{
