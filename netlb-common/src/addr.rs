@@ -85,6 +85,10 @@ pub trait Address: Copy + Eq + Debug {
     fn complement_sum(self) -> u64;
     /// Whether hosts beyond the link can answer to it: it is no loopback or link-local address, nor none at all.
     fn is_routable(self) -> bool;
+    /// Whether it stands for the host itself.
+    fn is_loopback(self) -> bool;
+    /// Whether it is one host's, to which an answer can go: no group's, nobody's, not everybody's, and no loopback address.
+    fn is_answerable(self) -> bool;
 }
 
 impl Address for Ipv4Be {
@@ -120,6 +124,17 @@ impl Address for Ipv4Be {
     fn is_routable(self) -> bool {
         let [a, b, ..] = self.0.to_ne_bytes();
         a != 0 && a != 127 && !(a == 169 && b == 254)
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.0.to_ne_bytes()[0] == 127
+    }
+
+    #[inline(always)]
+    fn is_answerable(self) -> bool {
+        let [a, ..] = self.0.to_ne_bytes();
+        a != 0 && a != 127 && a < 224
     }
 }
 
@@ -166,6 +181,16 @@ impl Address for Ipv6Be {
         // ::/64 has the unspecified and the loopback address, and mapped ones.
         let [a, b, ..] = self.0[0].to_ne_bytes();
         self.0[0] != 0 && !(a == 0xfe && b & 0xc0 == 0x80)
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.0 == [0, 1_u64.to_be()]
+    }
+
+    #[inline(always)]
+    fn is_answerable(self) -> bool {
+        self.0[0] != 0 && self.0[0].to_ne_bytes()[0] != 0xff
     }
 }
 

@@ -3,28 +3,25 @@
 //! Flow table first; a packet that has no slot there is the first of its flow, or its slot was lost. Nothing here knows how packets are
 //! read, changed or sent on.
 
-use core::num::NonZeroU32;
-
 use crate::{
     addr::{Addr, PortBe},
     conntrack::{Direction, State},
     counters::Counter,
     filter::{self, Kind},
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
-    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, algorithm},
-    select,
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, address},
     snat::{self, Ports, Snat},
     table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
     time::Ticks,
 };
 
+pub use self::selection::{Selection, remember, select};
+pub(crate) use self::selection::{first_member, in_force, member_id, remembered};
+
+mod selection;
+
 /// Backends a new flow is offered to before it is refused.
 pub(crate) const OFFERS: u32 = 4;
-/// Backends that a segment in mid-connection is looked for at, beginning with the one the ring names: with Maglev that is nearly always
-/// the one, otherwise it may be any.
-const SEARCHED_MAGLEV: u32 = 8;
-const SEARCHED: u32 = 64;
-
 /// The maps, beside the flow table.
 pub trait Tables: Operations {
     fn hash_key(&self) -> HashKey;
@@ -44,6 +41,16 @@ pub trait Tables: Operations {
     fn source_index(&self, addr: Addr) -> u32;
     fn snat_ports(&self) -> Ports;
     fn owners(&self, key: &EndpointKey) -> Option<&Owners>;
+    /// Whether clients with an address are let in by a service that has ranges.
+    fn is_in_range(&self, service: u32, client: Addr) -> bool;
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Says whether there was room.
+    fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool;
+    fn forget_affinity(&self, key: &AffinityKey);
+    /// What is known of an address whatever the port, as [`crate::maps::address`] says it; 0 if nothing is.
+    fn address(&self, addr: Addr) -> u32;
+    /// Whether an address is of the networks that are services' or nobody's.
+    fn is_owned(&self, addr: Addr) -> bool;
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
     fn random(&self) -> u32;
@@ -60,7 +67,7 @@ pub struct Candidate {
     from_backend: bool,
 }
 
-/// Whether a packet may be of a service. Most that are not end here.
+/// Whether a packet may be of a service, or is to one of the networks where whatever is no service is nobody. Most that are not end here.
 #[inline(always)]
 pub fn candidate<A: Family>(tables: &impl Tables, source: A, destination: A) -> Option<Candidate> {
     let bits = tables.filter_bits_log2();
@@ -68,7 +75,33 @@ pub fn candidate<A: Family>(tables: &impl Tables, source: A, destination: A) -> 
         to_frontend: tables.filter_has(filter::bit(destination, Kind::Frontend, bits)),
         from_backend: tables.filter_has(filter::bit(source, Kind::Backend, bits)),
     };
-    (candidate.to_frontend || candidate.from_backend).then_some(candidate)
+    (candidate.to_frontend || candidate.from_backend || tables.is_owned(destination.to_map())).then_some(candidate)
+}
+
+/// What becomes of a packet that no service has, where its destination is of the networks that are services' or nobody's.
+#[inline(always)]
+pub fn unclaimed(tables: &impl Tables, destination: Addr) -> Unclaimed {
+    if !tables.is_owned(destination) {
+        return Unclaimed::Elsewhere;
+    }
+    let known = tables.address(destination);
+    if known & address::NODE != 0 {
+        Unclaimed::Elsewhere
+    } else if known & address::SERVICE != 0 {
+        Unclaimed::Service
+    } else {
+        Unclaimed::Nobody
+    }
+}
+
+/// Whose an address is that no frontend was found at.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unclaimed {
+    /// None of our business: another network's, or the node's own.
+    Elsewhere,
+    /// Services have it, at other ports.
+    Service,
+    Nobody,
 }
 
 /// Which directions of flows a hook translates.
@@ -97,6 +130,10 @@ pub enum Verdict {
     /// Is rewritten as the translation says.
     Translate,
     Drop,
+    /// Nobody serves it: its sender is told.
+    Reject,
+    /// An echo request to the address of a service, which is answered.
+    Echo,
 }
 
 /// A rewrite: of the destination on the way to the backend, of the source on the way back; and of the other end, where the flow has another
@@ -340,108 +377,6 @@ pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup
     }
 }
 
-/// The service of a packet the flow table says nothing of, and the member its flow is offered to first. One word: what a subprogram returns.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[repr(transparent)]
-pub struct Selection(pub u64);
-
-impl Selection {
-    /// Not to a service.
-    pub const NONE: Self = Self(u64::MAX);
-    /// To a service of which no backend takes flows.
-    pub const NOBODY: Self = Self(u64::MAX - 1);
-    /// The flow is this member's already, as the other direction's slot says.
-    const KNOWN: u64 = 1 << 31;
-
-    #[inline(always)]
-    const fn new(config: u32, member: u32, is_known: bool) -> Self {
-        Self((config as u64) << 32 | member as u64 | if is_known { Self::KNOWN } else { 0 })
-    }
-
-    #[inline(always)]
-    const fn config(self) -> u32 {
-        (self.0 >> 32) as u32
-    }
-
-    #[inline(always)]
-    const fn member(self) -> u32 {
-        (self.0 & (Self::KNOWN - 1)) as u32
-    }
-
-    /// The member after this one, of which nothing is known.
-    #[inline(always)]
-    const fn next(self) -> Self {
-        Self((self.0 & !Self::KNOWN) + 1)
-    }
-
-    #[inline(always)]
-    const fn is_known(self) -> bool {
-        self.0 & Self::KNOWN != 0
-    }
-}
-
-/// Finds the service of a packet that the flow table says nothing of, and who is to serve it.
-#[inline(always)]
-pub fn select<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup) -> Selection {
-    let tuple = &packet.tuple;
-    if !lookup.candidate.to_frontend || !lookup.scope.has(Direction::Forward) {
-        return Selection::NONE;
-    }
-    let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
-    let Some((index, config)) = in_force(&tables, &key) else { return Selection::NONE };
-    let Some(chosen) = first_member(tables, config, || select::hash(tuple)) else { return Selection::NOBODY };
-    // In mid-connection: the table lost this direction, but perhaps not the other.
-    if !packet.segment.is_datagram() && !packet.segment.is_syn() {
-        let most = if config.algorithm == algorithm::MAGLEV { SEARCHED_MAGLEV } else { SEARCHED };
-        for n in 0..SEARCHED {
-            if n >= most || n >= config.members_len {
-                break;
-            }
-            let member = chosen + n;
-            let Some(backend) = member_id(tables, config, member).and_then(|id| tables.backend(id)) else { break };
-            let twin = Translation::<A>::to_backend(backend, false).twin(tuple);
-            let data = tables.probe(tables.hash_key().fingerprint(&twin), lookup.now);
-            if data != Data::NONE && data.direction() == Direction::Reply && data.id() == config.frontend {
-                return Selection::new(index, member, true);
-            }
-        }
-    }
-    Selection::new(index, chosen, false)
-}
-
-/// The record in force for an address, port and protocol, and its index.
-#[inline(always)]
-pub(crate) fn in_force<'a>(tables: &'a impl Tables, key: &EndpointKey) -> Option<(u32, &'a Config)> {
-    let reference = tables.config_ref(key)?;
-    let config = tables.config(reference.index())?;
-    // A hash element is reused at once, so what it said may be another service's by now.
-    if config.generation != reference.generation() || config.key != *key {
-        return None;
-    }
-    Some((reference.index(), config))
-}
-
-/// The member that a new flow is offered to first; none where no backend takes any. `hash` is what Maglev goes by.
-#[inline(always)]
-pub(crate) fn first_member(tables: impl Tables, config: &Config, hash: impl FnOnce() -> u32) -> Option<u32> {
-    if config.ring_len == 0 {
-        return None;
-    }
-    let slot = match config.algorithm {
-        algorithm::RANDOM => select::slot(tables.random(), config.ring_len),
-        algorithm::ROUND_ROBIN => select::turn(tables.turn(config.service), config.ring_len),
-        _ => select::slot(hash(), config.ring_len),
-    };
-    tables.ring(config.ring.wrapping_add(slot)).map(u32::from)
-}
-
-/// The id of a service's member; they are counted round and round.
-#[inline(always)]
-pub(crate) fn member_id(tables: impl Tables, config: &Config, member: u32) -> Option<u32> {
-    let members = NonZeroU32::new(config.members_len)?;
-    tables.member(config.members.wrapping_add(member % members))
-}
-
 /// Makes the flow of a packet to a service: offers it to a backend, and to the next ones if that cannot be.
 ///
 /// `translation` is filled in for [`Verdict::Translate`].
@@ -454,14 +389,14 @@ pub fn place<A: Family, T: Tables>(
     reach: &impl Reach<A>,
     translation: &mut Translation<A>,
 ) -> Verdict {
-    let config = if selection == Selection::NOBODY { None } else { tables.config(selection.config()) };
-    let Some(config) = config else {
-        tables.count(Counter::NoBackend);
-        return Verdict::Drop;
-    };
+    let Some(config) = tables.config(selection.config()) else { return Verdict::Drop };
     let mut selection = selection;
     for _ in 0..OFFERS {
-        let Some(id) = member_id(tables, config, selection.member()) else { break };
+        let id = match selection.backend() {
+            0 => member_id(tables, config, selection.member()),
+            id => Some(id),
+        };
+        let Some(id) = id else { break };
         let Some(backend) = tables.backend(id) else { break };
         // Those that drain are members still.
         let may_have_it = backend.flags & Backend::ACCEPTING != 0 || selection.is_known();
@@ -476,8 +411,12 @@ pub fn place<A: Family, T: Tables>(
                 return Verdict::Pass;
             }
             Offer::Full => return Verdict::Drop,
-            Offer::Conflict => {}
+            Offer::Conflict => selection = selection.with_conflict(),
         }
+    }
+    // All of them drain.
+    if !selection.has_conflict() {
+        return Verdict::Reject;
     }
     tables.count(Counter::FlowConflict);
     Verdict::Drop
@@ -489,18 +428,20 @@ pub trait Reach<A> {
     fn source(&self, packet: &Parsed<A>, lookup: &Lookup, backend: u32, flags: u32) -> Snat;
 }
 
-/// Whether a flow must have an address of the node as its source for its replies to come back here. `flags` are the service's.
+/// Whether a flow must have an address of the node as its source, for its replies to come back here or because its service wants it so.
+/// `flags` are the service's, and `is_outside` says that the packet comes from
+/// outside.
 #[inline(always)]
 pub fn needs_snat<A: Family>(
     packet: &Parsed<A>,
     backend: &Backend,
     flags: u32,
-    returns_here: impl Fn(A) -> bool,
+    is_outside: bool,
+    returns_here: impl FnOnce(A) -> bool,
 ) -> bool {
-    let address = A::from_map(backend.addr);
-    address == packet.tuple.source
-        || flags & Config::SNAT_PODS != 0
-        || (flags & Config::SNAT_NEVER == 0 && !returns_here(address))
+    let backend = A::from_map(backend.addr);
+    let wanted = if is_outside { Config::SNAT_OUTSIDE } else { Config::SNAT_PODS };
+    backend == packet.tuple.source || flags & wanted != 0 || (flags & Config::SNAT_NEVER == 0 && !returns_here(backend))
 }
 
 /// The first of a flow's [attempts](attempt) at a source that is one.
@@ -713,3 +654,6 @@ pub fn lost_reply<A: Family, T: Tables>(
     }
     Verdict::Pass
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,7 +38,7 @@ counters! {
     FlowConflict "flow_conflict" "new connections dropped because every backend tried already has the same connection through another frontend",
     FlowsRepaired "flows_repaired" "flow table entries rebuilt from the other direction's",
     FlowsMoved "flows_moved" "flows moved off a backend that no longer serves",
-    NoBackend "no_backend" "new connections dropped because their service has no backend that takes any",
+    NoBackend "no_backend" "packets refused because their service has no backend that takes new connections",
     NeedsSnat "needs_snat" "packets passed untouched because the reply would not return through this node, which has no address to give them",
     TtlExpired "ttl_expired" "packets of services left to the kernel because they have no hop left",
     TooBig "too_big" "packets answered with an ICMP error because they do not fit the way out",
@@ -50,7 +50,15 @@ counters! {
     SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
-    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend that takes any",
+    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend for them, or does not let the node in",
+    NoLocalBackend "no_local_backend" "new connections dropped because their service has backends, but none that its policy gives to such clients",
+    SourceRange "source_range" "new connections dropped because their client is in none of the service's source ranges",
+    UnknownPort "unknown_port" "packets refused because the services at their destination have no such port",
+    OwnedUnknown "owned_unknown" "packets dropped because their destination is of a network that is the services', and no service has it",
+    Rejected "rejected" "packets answered with a TCP reset or with \"port unreachable\"",
+    AnswersLimited "answers_limited" "packets dropped instead of answered because there were too many to answer",
+    EchoAnswered "echo_answered" "echo requests to services answered",
+    AffinityFull "affinity_full" "new connections whose client does not keep its backend because too many clients do",
 }
 
 impl Counter {

@@ -20,11 +20,13 @@ pub mod counters;
 pub mod filter;
 pub mod flow;
 pub mod hop;
+pub mod limit;
 pub mod maps;
 pub mod network;
 pub mod select;
 pub mod snat;
 pub mod socket;
+pub mod stray;
 pub mod table;
 #[cfg(test)]
 mod testing;

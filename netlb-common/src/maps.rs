@@ -242,6 +242,13 @@ impl Affinity {
         // CPUs read a coarse clock one after the other.
         if age > u32::MAX / 2 { 0 } else { age }
     }
+
+    /// Whether a client of a service that has them keep their backends for so many ticks need not get this one again.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_expired(self, now: Ticks, most: u32) -> bool {
+        self.age(now) > most
+    }
 }
 
 /// Value of `ADDRESSES`: what is known of an address, whatever the port.
@@ -363,7 +370,8 @@ pub struct Settings {
     pub log_level: u32,
     /// The ports that clients get with an address of the node.
     pub snat_ports: Ports,
-    pub pad: u32,
+    /// Whether the addresses of services that are [`owned`](Self::owned) answer echo requests.
+    pub echo: u32,
     /// Addresses that are services' or nobody's.
     pub owned: Networks,
     /// Addresses of the node's pods, whatever interface their packets come in on.
@@ -376,6 +384,8 @@ pub struct Settings {
 pub struct SocketSettings {
     /// The cookie of the network namespace whose sockets are served; 0 for all.
     pub namespace: u64,
+    /// The cookie of the node's own; 0 where the kernel does not tell it.
+    pub node: u64,
     /// Whether the kernel lets a program choose the error of a call (since 5.18).
     pub chooses_errors: u32,
     pub pad: u32,
@@ -410,7 +420,7 @@ const _: () = {
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<Counterpart>() == 24);
-    assert!(size_of::<SocketSettings>() == 16);
+    assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
     assert!(size_of::<Settings>() == 120 + 2 * size_of::<Networks>());
     assert!(size_of::<RangeKey>() == 20);
@@ -429,6 +439,7 @@ mod pod {
         };
     }
     pod!(
+        Addr,
         EndpointKey,
         ConfigRef,
         Config,

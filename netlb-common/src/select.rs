@@ -1,7 +1,7 @@
 //! Choosing a ring's slot for a new flow.
 
 use crate::{
-    addr::Address,
+    addr::{Address, PortBe},
     flow::{HashKey, Tuple},
 };
 
@@ -15,6 +15,19 @@ const PUBLIC: HashKey =
 #[must_use]
 pub fn hash<A: Address>(tuple: &Tuple<A>) -> u32 {
     (PUBLIC.hash(tuple) >> 32) as u32
+}
+
+/// The selection hash of a client that keeps its backend: of its address alone, so that all frontends of a service agree.
+#[inline(always)]
+#[must_use]
+pub fn client_hash<A: Address>(client: A) -> u32 {
+    hash(&Tuple {
+        source: client,
+        destination: client,
+        source_port: PortBe(0),
+        destination_port: PortBe(0),
+        protocol: 0,
+    })
 }
 
 /// The slot for a hash in a ring of `len` slots: by multiplication, which costs less than a division and is as even.
@@ -34,7 +47,7 @@ pub const fn turn(n: u64, len: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Ipv4Be, PortBe};
+    use crate::addr::Ipv4Be;
 
     #[test]
     fn slots_are_within_the_ring_and_even() {

@@ -7,7 +7,9 @@
 use crate::{
     addr::{Addr, PortBe},
     balance::{self, OFFERS, Tables},
-    maps::{Backend, Config, Counterpart, EndpointKey, SocketKey},
+    counters::Counter,
+    maps::{Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, SocketKey},
+    time::Ticks,
     wire::udp,
 };
 
@@ -18,6 +20,8 @@ pub trait Sockets {
     fn forget(&self, key: &SocketKey);
     /// Counts a choice.
     fn count(&self, service: u32, backend: u32);
+    /// Counts something else.
+    fn count_event(&self, counter: Counter);
 }
 
 /// What becomes of an address that a process named.
@@ -29,6 +33,34 @@ pub enum Outcome {
     Exchanged,
     /// It is a service's of which no backend takes any.
     Nobody,
+    /// The service does not let this node in, or has no backend for it that its policy allows.
+    Forbidden,
+}
+
+/// Who calls, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// Of the socket.
+    pub cookie: u64,
+    /// Whether the socket is of the node's own network namespace.
+    pub is_node: bool,
+    pub now: Ticks,
+}
+
+/// What the policy of a service says to a call, if it says anything.
+#[inline(always)]
+fn policy(config: &Config, caller: &Caller) -> Option<Outcome> {
+    // Which address the packets of a pod's socket will have is not known here: the packets' path looks at it.
+    if !caller.is_node && (config.flags & Config::RANGES != 0 || config.affinity != 0) {
+        return Some(Outcome::Untouched);
+    }
+    if config.flags & Config::RANGES != 0 && config.flags & Config::RANGES_HAVE_NODE == 0 {
+        return Some(Outcome::Forbidden);
+    }
+    if config.ring_len == 0 && config.flags & Config::DROP != 0 {
+        return Some(Outcome::Forbidden);
+    }
+    None
 }
 
 /// A process connects a socket. `backend` is filled in for [`Outcome::Exchanged`].
@@ -36,15 +68,18 @@ pub enum Outcome {
 pub fn connect<T: Tables>(
     tables: T,
     sockets: &impl Sockets,
-    cookie: u64,
+    caller: &Caller,
     named: &EndpointKey,
     backend: &mut Counterpart,
 ) -> Outcome {
     match balance::in_force(&tables, named) {
-        Some((_, config)) => choose(tables, sockets, cookie, named, config, backend),
+        Some((_, config)) => match policy(config, caller) {
+            Some(outcome) => outcome,
+            None => choose(tables, sockets, caller, named, config, backend),
+        },
         None => {
             // If the socket had this backend from a service before, it is the backend itself that is meant now.
-            sockets.forget(&SocketKey::new(cookie, named.addr, named.port, SocketKey::BACKEND));
+            sockets.forget(&SocketKey::new(caller.cookie, named.addr, named.port, SocketKey::BACKEND));
             Outcome::Untouched
         }
     }
@@ -55,24 +90,27 @@ pub fn connect<T: Tables>(
 pub fn send<T: Tables>(
     tables: T,
     sockets: &impl Sockets,
-    cookie: u64,
+    caller: &Caller,
     named: &EndpointKey,
     backend: &mut Counterpart,
 ) -> Outcome {
     let Some((_, config)) = balance::in_force(&tables, named) else { return Outcome::Untouched };
-    let frontend_end = SocketKey::new(cookie, named.addr, named.port, SocketKey::FRONTEND);
+    if let Some(outcome) = policy(config, caller) {
+        return outcome;
+    }
+    let frontend_end = SocketKey::new(caller.cookie, named.addr, named.port, SocketKey::FRONTEND);
     if let Some(known) = sockets.get(&frontend_end)
         && tables.backend(known.backend).is_some_and(|backend| still_serves(backend, &known, config, named))
     {
         *backend = known;
-        let backend_end = SocketKey::new(cookie, known.addr, known.port, SocketKey::BACKEND);
+        let backend_end = SocketKey::new(caller.cookie, known.addr, known.port, SocketKey::BACKEND);
         // The two may have been used unlike, and one forgotten.
         if sockets.get(&backend_end).is_none() {
             sockets.set(&backend_end, &shown(named, known.backend));
         }
         return Outcome::Exchanged;
     }
-    choose(tables, sockets, cookie, named, config, backend)
+    choose(tables, sockets, caller, named, config, backend)
 }
 
 /// Whether a backend is the one that was chosen, and has its flows still. A socket holds no id of a backend, so that it may be another's.
@@ -97,19 +135,26 @@ const fn shown(named: &EndpointKey, backend: u32) -> Counterpart {
 fn choose<T: Tables>(
     tables: T,
     sockets: &impl Sockets,
-    cookie: u64,
+    caller: &Caller,
     named: &EndpointKey,
     config: &Config,
     backend: &mut Counterpart,
 ) -> Outcome {
-    let Some(first) = balance::first_member(tables, config, || tables.random()) else { return Outcome::Nobody };
-    // 0 is no backend.
-    let mut chosen = 0;
+    if config.ring_len == 0 {
+        return Outcome::Nobody;
+    }
+    // 0 is no backend. Of a service whose clients keep theirs, the node is one client.
+    let mut chosen =
+        if config.affinity == 0 { 0 } else { balance::remembered(tables, config, Addr::default(), caller.now) };
+    // By chance where it is not remembered: a hash of the same address would have all nodes choose the same.
+    let Some(first) = balance::first_member(tables, config, tables.random()) else { return Outcome::Nobody };
     for n in 0..OFFERS {
+        if chosen != 0 {
+            break;
+        }
         let Some(id) = balance::member_id(tables, config, first + n) else { break };
         if tables.backend(id).is_some_and(|backend| backend.flags & Backend::ACCEPTING != 0) {
             chosen = id;
-            break;
         }
     }
     if chosen == 0 {
@@ -117,11 +162,17 @@ fn choose<T: Tables>(
     }
     let Some(record) = tables.backend(chosen) else { return Outcome::Nobody };
     *backend = Counterpart { addr: record.addr, port: record.port, pad: 0, backend: chosen };
+    if config.affinity != 0 {
+        let key = AffinityKey { client: Addr::default(), service: config.service, pad: 0 };
+        if !tables.set_affinity(&key, Affinity::new(chosen, caller.now)) {
+            sockets.count_event(Counter::AffinityFull);
+        }
+    }
     // A stream is connected once and for all.
     if named.protocol == udp::PROTOCOL {
-        sockets.set(&SocketKey::new(cookie, named.addr, named.port, SocketKey::FRONTEND), backend);
+        sockets.set(&SocketKey::new(caller.cookie, named.addr, named.port, SocketKey::FRONTEND), backend);
     }
-    sockets.set(&SocketKey::new(cookie, backend.addr, backend.port, SocketKey::BACKEND), &shown(named, chosen));
+    sockets.set(&SocketKey::new(caller.cookie, backend.addr, backend.port, SocketKey::BACKEND), &shown(named, chosen));
     sockets.count(config.service, chosen);
     Outcome::Exchanged
 }
@@ -143,7 +194,6 @@ mod tests {
     use super::*;
     use crate::{
         conntrack::State,
-        counters::Counter,
         flow::HashKey,
         maps::{ConfigRef, Frontend, Owners, algorithm},
         table::{Bucket, Operations, Place, Record, Storage},
@@ -162,6 +212,10 @@ mod tests {
         turn: Cell<u64>,
         sockets: RefCell<HashMap<SocketKey, Counterpart>>,
         counted: RefCell<Vec<u32>>,
+        caller: Caller,
+        affinity: RefCell<HashMap<AffinityKey, Affinity>>,
+        has_room: bool,
+        events: RefCell<Vec<Counter>>,
     }
 
     fn addr(last: u8) -> Addr {
@@ -198,17 +252,21 @@ mod tests {
                 turn: Cell::new(0),
                 sockets: RefCell::default(),
                 counted: RefCell::default(),
+                caller: Caller { cookie: COOKIE, is_node: true, now: Ticks(1000) },
+                affinity: RefCell::default(),
+                has_room: true,
+                events: RefCell::default(),
             }
         }
 
         fn connect(&self, named: &EndpointKey) -> (Outcome, u32) {
             let mut backend = Counterpart::default();
-            (connect(self, self, COOKIE, named, &mut backend), backend.backend)
+            (connect(self, self, &self.caller, named, &mut backend), backend.backend)
         }
 
         fn send(&self) -> (Outcome, u32) {
             let mut backend = Counterpart::default();
-            (send(self, self, COOKIE, &self.config.key, &mut backend), backend.backend)
+            (send(self, self, &self.caller, &self.config.key, &mut backend), backend.backend)
         }
 
         fn peer(&self, backend: u8) -> Option<Addr> {
@@ -231,6 +289,10 @@ mod tests {
 
         fn count(&self, _: u32, backend: u32) {
             self.counted.borrow_mut().push(backend);
+        }
+
+        fn count_event(&self, counter: Counter) {
+            self.events.borrow_mut().push(counter);
         }
     }
 
@@ -296,6 +358,33 @@ mod tests {
             unreachable!()
         }
 
+        fn is_in_range(&self, _: u32, _: Addr) -> bool {
+            unreachable!()
+        }
+
+        fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+            self.affinity.borrow().get(key).copied()
+        }
+
+        fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
+            if self.has_room {
+                self.affinity.borrow_mut().insert(*key, value);
+            }
+            self.has_room
+        }
+
+        fn forget_affinity(&self, key: &AffinityKey) {
+            self.affinity.borrow_mut().remove(key);
+        }
+
+        fn address(&self, _: Addr) -> u32 {
+            unreachable!()
+        }
+
+        fn is_owned(&self, _: Addr) -> bool {
+            unreachable!()
+        }
+
         fn source(&self, _: u32) -> Option<Addr> {
             unreachable!()
         }
@@ -339,13 +428,13 @@ mod tests {
         node.random = u32::MAX;
         let mut first = |algorithm| {
             node.config.algorithm = algorithm;
-            balance::first_member(&node, &node.config, || u32::MAX / 2)
+            balance::first_member(&node, &node.config, u32::MAX / 2)
         };
         assert_eq!(first(algorithm::MAGLEV), Some(1));
         assert_eq!(first(algorithm::RANDOM), Some(2));
         assert_eq!([(); 4].map(|()| first(algorithm::ROUND_ROBIN)), [Some(0), Some(1), Some(2), Some(0)]);
         node.config.ring_len = 0;
-        assert_eq!(balance::first_member(&node, &node.config, || 0), None);
+        assert_eq!(balance::first_member(&node, &node.config, 0), None);
     }
 
     #[test]
@@ -415,5 +504,50 @@ mod tests {
         let backend = EndpointKey::new(addr(1), PortBe::new(5353), UDP);
         assert_eq!(node.connect(&backend), (Outcome::Untouched, 0));
         assert_eq!(node.peer(1), None);
+    }
+
+    #[test]
+    fn a_node_outside_of_the_ranges_is_refused_and_pods_are_left_to_their_packets() {
+        let mut node = Node::new(UDP);
+        node.config.flags = Config::RANGES;
+        assert_eq!(node.connect(&service(UDP)), (Outcome::Forbidden, 0));
+        assert_eq!(node.send(), (Outcome::Forbidden, 0));
+        node.config.flags |= Config::RANGES_HAVE_NODE;
+        assert_eq!(node.connect(&service(UDP)), (Outcome::Exchanged, 1));
+        node.caller.is_node = false;
+        assert_eq!(node.connect(&service(UDP)), (Outcome::Untouched, 0));
+        assert_eq!(node.send(), (Outcome::Untouched, 0));
+        node.config.flags = 0;
+        assert_eq!(node.connect(&service(UDP)), (Outcome::Exchanged, 1));
+        node.config.affinity = 100;
+        assert_eq!(node.connect(&service(UDP)), (Outcome::Untouched, 0));
+    }
+
+    #[test]
+    fn what_policy_leaves_without_backends_is_forbidden() {
+        let mut node = Node::new(TCP);
+        (node.config.ring_len, node.config.flags) = (0, Config::DROP);
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Forbidden, 0));
+    }
+
+    #[test]
+    fn the_node_keeps_its_backend() {
+        let mut node = Node::new(TCP);
+        node.config.affinity = 100;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        node.random = u32::MAX;
+        node.caller.now = Ticks(1100);
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        node.caller.now = Ticks(1200);
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1), "the last one made it young again");
+        node.caller.now = Ticks(1301);
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 3));
+        node.backends[3].flags = Backend::SERVING;
+        node.random = 0;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        assert!(node.events.borrow().is_empty());
+        node.has_room = false;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        assert_eq!(*node.events.borrow(), [Counter::AffinityFull]);
     }
 }

@@ -5,6 +5,7 @@ use std::boxed::Box;
 use crate::{
     atomic::Word,
     conntrack::State,
+    flow::Fingerprint,
     table::{Bucket, Data, Operations, Place, Record, SLOTS, Slot, Storage, is_live},
     time::Ticks,
 };
@@ -29,6 +30,15 @@ impl Memory {
         Self {
             buckets: (0..buckets).map(|_| Bucket { slots: [slot(), slot(), slot(), slot()] }).collect(),
             records: (0..buckets * SLOTS).map(|_| Record::empty()).collect(),
+        }
+    }
+
+    /// Loses a direction.
+    pub(crate) fn lose(&self, fingerprint: Fingerprint) {
+        for slot in self.buckets.iter().flat_map(|bucket| &bucket.slots) {
+            if slot.fingerprint.load() == fingerprint.0 {
+                slot.data.store(0);
+            }
         }
     }
 

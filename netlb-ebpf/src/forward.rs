@@ -2,10 +2,10 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_PROHIBIT,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
-        bpf_fib_lookup as FibLookup, bpf_sock_tuple as SocketTuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
-        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+        BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+        BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as FibLookup, bpf_sock_tuple as SocketTuple,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
     },
     helpers::{
         bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_sk_lookup_udp, bpf_sk_release,
@@ -202,15 +202,30 @@ pub(crate) fn route<A: Routable>(frame: &impl Frame, packet: &Parsed<A>, tuple: 
     }
 }
 
-/// The address that the node would use itself for what goes to a destination. None where no way leads there, and before Linux 6.7.
+/// Why there is no address to send from.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) enum NoSource {
+    /// The destination is this node, or none that anything is forwarded to.
+    Local,
+    /// No way leads there, or the kernel does not tell, as before Linux 6.7.
+    Unknown,
+}
+
+/// The address that the node would use itself for what goes to a destination.
 #[inline(always)]
-pub(crate) fn preferred_source<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> Option<A> {
+pub(crate) fn preferred_source<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> Result<A, NoSource> {
     let (input, bridge) = (frame.interface(), bridge_of(frame.interface()));
     let mut lookup = question(tuple, if bridge == 0 { input } else { bridge });
     let (len, flags) = (size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH);
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, len, flags) };
-    (result == BPF_FIB_LKUP_RET_SUCCESS as i64).then_some(A::source(&lookup))
+    const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
+    const NOT_FORWARDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;
+    match result {
+        SUCCESS => Ok(A::source(&lookup)),
+        NOT_FORWARDED => Err(NoSource::Local),
+        _ => Err(NoSource::Unknown),
+    }
 }
 
 /// Whether a socket of the node would take a packet with this tuple for one of its connection.

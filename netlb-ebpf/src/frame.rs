@@ -20,6 +20,8 @@ pub(crate) trait Frame: PacketBytes<Window = Linear> {
     /// Leaves it to whoever is next.
     const PASS: i32;
     const DROP: i32;
+    /// Whether it can be made into an answer.
+    const ANSWERS: bool;
 
     /// Bytes from the Ethernet header on.
     fn len(&self) -> u32;
@@ -48,6 +50,12 @@ pub(crate) struct HardwareAddresses {
 const _: () = assert!(size_of::<HardwareAddresses>() == ethernet::ADDRESSES_LEN);
 
 impl HardwareAddresses {
+    /// Whether both are of one host: neither is a group's.
+    #[inline(always)]
+    pub(crate) const fn are_hosts(&self) -> bool {
+        (self.destination[0] | self.source[0]) & 1 == 0
+    }
+
     #[inline(always)]
     pub(crate) const fn words(self) -> [u32; 3] {
         // SAFETY: plain bytes, of the same size and alignment.
@@ -63,12 +71,6 @@ impl Linear {
     #[inline(always)]
     fn between(start: usize, len: usize, end: usize) -> Result<Self, Ignore> {
         if start + len > end { Err(Ignore::Truncated) } else { Ok(Self(start as *const u8)) }
-    }
-
-    /// For helpers that read packets.
-    #[inline(always)]
-    pub(crate) const fn as_ptr(self) -> *const u8 {
-        self.0
     }
 }
 

@@ -6,6 +6,7 @@
 // To keep a pointer from the optimiser's eyes; see `maps::forget`.
 #![feature(asm_experimental_arch)]
 
+mod answer;
 mod forward;
 mod frame;
 mod maps;
@@ -14,7 +15,6 @@ mod rewrite;
 mod socket;
 mod subprograms;
 mod tc;
-mod too_big;
 mod xdp;
 
 use aya_ebpf::{

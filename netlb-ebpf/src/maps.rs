@@ -4,7 +4,7 @@ use core::ptr::{self, addr_of};
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
@@ -16,17 +16,20 @@ use netlb_common::{
     counters::Counter,
     flow::{Family, HashKey, Parsed},
     hop::{self, Hop, Way},
+    limit::Limit,
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
-    network::Networks,
+    network::{Network, Networks},
     snat::{self, Ports, Source},
     socket,
     table::{Bucket, New, Place, Record, Storage},
     time::Ticks,
 };
 
+/// Bits of a whole key of `SOURCE_RANGES`.
+const RANGE_BITS: u32 = RangeKey::SERVICE_BITS + 128;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -83,7 +86,13 @@ static META: Array<Meta, 1> = Array::new();
 struct Scratch {
     work: [u64; 20],
     new: New,
+    /// What an ICMP message quotes, and zeros.
+    quote: [u64; QUOTE / size_of::<u64>()],
+    answers: Limit,
 }
+
+/// The longest quote.
+pub(crate) const QUOTE: usize = 256;
 
 /// The packet under way: what is known of it, and what is to become of it.
 #[repr(C)]
@@ -174,6 +183,22 @@ pub(crate) fn stage(new: New) -> Option<*const New> {
     }
 }
 
+/// This CPU's place for what a message quotes.
+#[inline(always)]
+pub(crate) fn quote() -> Option<*mut [u64; QUOTE / size_of::<u64>()]> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: within the element.
+    Some(unsafe { &raw mut (*scratch).quote })
+}
+
+/// Whether one more packet of our own may be sent.
+#[inline(always)]
+pub(crate) fn may_answer() -> bool {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return false };
+    // SAFETY: this CPU's element, and the helper only reads a clock.
+    unsafe { (*scratch).answers.take(bpf_ktime_get_coarse_ns()) }
+}
+
 /// Set by the loader. Frozen when the programs are verified, which lets the verifier drop the branches it rules out.
 #[unsafe(no_mangle)]
 static SETTINGS: Constant<Settings> = Constant(Settings {
@@ -184,14 +209,15 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     forwarding: 0,
     log_level: 0,
     snat_ports: Ports { first: 0, more: 0 },
-    pad: 0,
+    echo: 0,
     owned: Networks::NONE,
     pods: Networks::NONE,
 });
 
 /// The same for the socket hooks.
 #[unsafe(no_mangle)]
-static SOCKET_SETTINGS: Constant<SocketSettings> = Constant(SocketSettings { namespace: 0, chooses_errors: 0, pad: 0 });
+static SOCKET_SETTINGS: Constant<SocketSettings> =
+    Constant(SocketSettings { namespace: 0, node: 0, chooses_errors: 0, pad: 0 });
 
 #[repr(transparent)]
 struct Constant<T>(T);
@@ -224,6 +250,58 @@ pub(crate) fn log_level() -> u32 {
 #[inline(always)]
 pub(crate) fn served_namespace() -> u64 {
     setting!(socket.namespace)
+}
+
+/// The cookie of the node's own network namespace; 0 if it is not known.
+#[inline(always)]
+pub(crate) fn node_namespace() -> u64 {
+    setting!(socket.node)
+}
+
+/// Whether there are networks where whatever is no service is nobody.
+#[inline(always)]
+pub(crate) fn has_owned() -> bool {
+    setting!(owned.len) != 0
+}
+
+#[inline(always)]
+pub(crate) fn owned_have(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.owned), addr)
+}
+
+#[inline(always)]
+pub(crate) fn has_pods() -> bool {
+    setting!(pods.len) != 0
+}
+
+#[inline(always)]
+pub(crate) fn pods_have(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.pods), addr)
+}
+
+/// Whether an address is of one of some networks among the settings.
+#[inline(always)]
+fn has(networks: *const Networks, addr: Addr) -> bool {
+    for n in 0..Networks::MAX {
+        // SAFETY: the fields are there and initialised, and the index is below the array's length.
+        let (len, network) = unsafe {
+            let all = addr_of!((*networks).all).cast::<Network>();
+            (ptr::read_volatile(addr_of!((*networks).len)), ptr::read_volatile(all.add(n)))
+        };
+        if n as u64 >= len {
+            return false;
+        }
+        if network.has(addr) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether services answer echo requests.
+#[inline(always)]
+pub(crate) fn answers_echo() -> bool {
+    setting!(echo) != 0
 }
 
 /// Whether a program can choose the error of a call.
@@ -307,6 +385,11 @@ impl socket::Sockets for Sockets {
     #[inline(always)]
     fn forget(&self, key: &SocketKey) {
         let _ = SOCKETS.remove(key);
+    }
+
+    #[inline(always)]
+    fn count_event(&self, counter: Counter) {
+        count_call(counter);
     }
 
     #[inline(always)]
@@ -421,6 +504,38 @@ impl Tables for Kernel {
     fn owners(&self, key: &EndpointKey) -> Option<&Owners> {
         // SAFETY: what it names is checked against the flow table.
         unsafe { OWNERS.get(key) }
+    }
+
+    #[inline(always)]
+    fn is_in_range(&self, service: u32, client: Addr) -> bool {
+        SOURCE_RANGES.get(&Key::new(RANGE_BITS, RangeKey::new(service, client))).is_some()
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        // SAFETY: one aligned word; what it names is checked.
+        unsafe { AFFINITY.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
+        AFFINITY.insert(key, value, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn forget_affinity(&self, key: &AffinityKey) {
+        let _ = AFFINITY.remove(key);
+    }
+
+    #[inline(always)]
+    fn address(&self, addr: Addr) -> u32 {
+        // SAFETY: copied at once.
+        unsafe { ADDRESSES.get(addr) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn is_owned(&self, addr: Addr) -> bool {
+        has_owned() && crate::subprograms::is_owned(addr)
     }
 
     #[inline(always)]

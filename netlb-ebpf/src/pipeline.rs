@@ -1,44 +1,39 @@
 //! What every hook does with a packet: parse, address filter, balance. What becomes of a translated one is the hook's.
 
 use netlb_common::{
-    addr::{Ipv4Be, Ipv6Be},
-    balance::{self, Known, Lookup, Scope, Selection, Tables as _, Translation, Verdict},
+    addr::{Addr, Ipv4Be, Ipv6Be},
+    balance::{self, Known, Lookup, Scope, Selection, Tables as _, Translation, Unclaimed, Verdict},
     conntrack::Direction,
     counters::Counter,
     flow::{Parsed, Tuple},
-    maps::role,
+    maps::{Backend, address, role},
     snat::Snat,
+    stray::{Stray, Strays},
     wire::Ignore,
 };
 
 use crate::{
-    forward::{self, Outcome, Routable},
+    answer::Answer,
+    forward::{self, NoSource, Outcome, Routable},
     frame::Frame,
     maps::{self, Kernel, Work},
     rewrite::{Rewrite, RewriteInPlace},
-    subprograms::{Hook, Parts},
-    too_big::Answer,
+    subprograms::{self, Hook, Parts},
 };
 
 /// A family with all that packets need.
-pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Parts {}
+pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Strays + Parts {}
 
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
 
-/// What was read, or why not, in a counter.
+/// Counts why a packet was not read.
 #[inline(always)]
-fn read<T>(result: Result<T, Ignore>) -> Option<T> {
-    match result {
-        Ok(value) => Some(value),
-        Err(why) => {
-            match why {
-                Ignore::Fragment => maps::count(Counter::Fragment),
-                Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
-                Ignore::NotIp | Ignore::NotTcpOrUdp => {}
-            }
-            None
-        }
+fn note(why: Ignore) {
+    match why {
+        Ignore::Fragment => maps::count(Counter::Fragment),
+        Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
+        Ignore::NotIp | Ignore::NotTcpOrUdp => {}
     }
 }
 
@@ -50,10 +45,23 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     can_leave_by: impl Fn(u16) -> bool,
 ) -> (Verdict, Option<&'a mut Work<A>>) {
     const PASS: Verdict = Verdict::Pass;
-    let Some((source, destination)) = read(A::addresses(frame)) else { return (PASS, None) };
+    let (source, destination) = match A::addresses(frame) {
+        Ok(addresses) => addresses,
+        Err(why) => {
+            note(why);
+            return (PASS, None);
+        }
+    };
     let Some(candidate) = balance::candidate(&Kernel, source, destination) else { return (PASS, None) };
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
-    let Some(packet) = read(A::parse(frame)) else { return (PASS, None) };
+    let packet = match A::parse(frame) {
+        Ok(packet) => packet,
+        Err(Ignore::NotTcpOrUdp) if scope != Scope::Replies && maps::has_owned() => return (frame.stray(), None),
+        Err(why) => {
+            note(why);
+            return (PASS, None);
+        }
+    };
     // SAFETY: this CPU's; a field is written before it is read.
     let work = unsafe {
         (&raw mut (*place).packet).write(packet);
@@ -77,12 +85,75 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
         }
         Known::No if scope == Scope::Replies => A::lost_reply(work),
         Known::Elsewhere => Verdict::Pass,
-        Known::No => match A::select(work) {
-            Selection::NONE => A::lost_reply(work),
-            selection => frame.place(work, selection),
+        Known::No => match A::select(work, frame.interface()) {
+            Selection::NONE => match A::lost_reply(work) {
+                Verdict::Pass if maps::has_owned() => match A::unclaimed(work) {
+                    Verdict::Reject => reject::<F>(Counter::UnknownPort),
+                    verdict => verdict,
+                },
+                verdict => verdict,
+            },
+            Selection::NOBODY => reject::<F>(Counter::NoBackend),
+            Selection::UNWANTED => Verdict::Drop,
+            selection => match frame.place(work, selection) {
+                Verdict::Translate if selection.is_affine() => {
+                    A::remember(work);
+                    Verdict::Translate
+                }
+                Verdict::Reject => reject::<F>(Counter::NoBackend),
+                verdict => verdict,
+            },
         },
     };
     (verdict, Some(work))
+}
+
+/// Counted by the hook that answers.
+#[inline(always)]
+fn reject<F: Frame>(why: Counter) -> Verdict {
+    if F::ANSWERS {
+        maps::count(why);
+    }
+    Verdict::Reject
+}
+
+/// What becomes of a packet that is no flow's and to no frontend.
+#[inline(always)]
+pub(crate) fn unclaimed<A: Packet>(packet: &Parsed<A>) -> Verdict {
+    match balance::unclaimed(&Kernel, packet.tuple.destination.to_map()) {
+        Unclaimed::Elsewhere => Verdict::Pass,
+        Unclaimed::Service => Verdict::Reject,
+        Unclaimed::Nobody => {
+            maps::count(Counter::OwnedUnknown);
+            Verdict::Drop
+        }
+    }
+}
+
+/// The same of one that is neither TCP nor UDP.
+#[inline(always)]
+pub(crate) fn stray<A: Packet>(frame: &impl Frame) -> Verdict {
+    let Ok((source, destination)) = A::addresses(frame) else { return Verdict::Pass };
+    let unclaimed = balance::unclaimed(&Kernel, destination.to_map());
+    if unclaimed == Unclaimed::Elsewhere {
+        return Verdict::Pass;
+    }
+    match A::stray(frame) {
+        Err(_) | Ok(Stray::Signal) => Verdict::Pass,
+        Ok(_) if unclaimed == Unclaimed::Nobody => {
+            maps::count(Counter::OwnedUnknown);
+            Verdict::Drop
+        }
+        Ok(Stray::EchoRequest) if maps::answers_echo() && source.is_answerable() => Verdict::Echo,
+        Ok(_) => Verdict::Pass,
+    }
+}
+
+/// Whether packets with a source that come in on an interface are from outside: neither of a pod of this node nor of the node itself.
+#[inline(always)]
+pub(crate) fn is_outside(interface: u32, source: Addr) -> bool {
+    let role = maps::interface(interface).map_or(0, |interface| interface.role);
+    role != role::POD && role != role::BRIDGE && !(maps::has_pods() && maps::pods_have(source))
 }
 
 /// Makes the flow of a packet to a service.
@@ -99,19 +170,26 @@ pub(crate) fn account<A: Packet>(frame: &impl Frame, translation: &Translation<A
     maps::count_packets(translation.service, is_reply, frame.packets(), frame.len() as u64);
 }
 
-/// Whether the replies of a backend to this packet come back through this node. They do but for a packet from outside whose backend is
-/// outside as well.
+/// Whether a packet's flow must have an address of the node as its source at a backend.
 #[inline(always)]
-pub(crate) fn returns_here<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: A) -> bool {
-    let index = frame.interface();
-    if maps::interface(index).is_none_or(|interface| interface.role != role::UPLINK) {
-        return true;
-    }
-    let tuple = Tuple { destination: backend, ..packet.tuple };
-    let route = forward::route(frame, packet, &tuple, index);
-    !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
-        || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
+pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: &Backend, flags: u32) -> bool {
+    let interface = frame.interface();
+    let is_outside = subprograms::is_from_outside(interface, packet.tuple.source);
+    balance::needs_snat(packet, backend, flags, is_outside, |backend| {
+        // Replies come back through this node but for a packet from outside whose backend is outside as well.
+        if !is_outside {
+            return true;
+        }
+        let tuple = Tuple { destination: backend, ..packet.tuple };
+        let route = forward::route(frame, packet, &tuple, interface);
+        !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
+            || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
+    })
 }
+
+/// What [`address`] says of a backend that is this very node: it would take a packet with an address of its own for forged, and its replies
+/// pass egress anyhow.
+pub(crate) const IS_NODE: u32 = u32::MAX;
 
 /// The index of the address of the node that a flow to a backend gets as its source; 0 if there is none.
 #[inline(always)]
@@ -120,7 +198,9 @@ pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend
     let mut tuple = packet.tuple;
     (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
     match forward::preferred_source(frame, &tuple) {
-        Some(source) if source.is_routable() => maps::keep_source(source.to_map()),
+        Ok(source) if source.is_routable() => maps::keep_source(source.to_map()),
+        Err(NoSource::Local) => IS_NODE,
+        _ if Kernel.address(backend.addr) & address::NODE != 0 => IS_NODE,
         _ => 0,
     }
 }

@@ -14,7 +14,7 @@ use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
     counters::Counter,
     maps::{Counterpart, EndpointKey},
-    socket::{self, Outcome},
+    socket::{self, Caller, Outcome},
     wire::{tcp, udp},
 };
 
@@ -71,23 +71,22 @@ impl SocketAddress for Ipv6Be {
 pub(crate) fn connect<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
     // SAFETY: the context is valid.
     let protocol = unsafe { read_volatile(&raw const (*ctx.sock_addr).protocol) };
-    if (protocol != tcp::PROTOCOL as u32 && protocol != udp::PROTOCOL as u32) || !is_served(ctx) {
+    if protocol != tcp::PROTOCOL as u32 && protocol != udp::PROTOCOL as u32 {
         return ALLOW;
     }
+    let Some(caller) = served(ctx) else { return ALLOW };
     let named = named::<A>(ctx, protocol as u8);
     let mut backend = Counterpart::default();
-    let outcome = socket::connect(Kernel, &Sockets, cookie(ctx), &named, &mut backend);
+    let outcome = socket::connect(Kernel, &Sockets, &caller, &named, &mut backend);
     conclude::<A>(ctx, outcome, &backend)
 }
 
 #[inline(always)]
 pub(crate) fn send<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
-    if !is_served(ctx) {
-        return ALLOW;
-    }
+    let Some(caller) = served(ctx) else { return ALLOW };
     let named = named::<A>(ctx, udp::PROTOCOL);
     let mut backend = Counterpart::default();
-    let outcome = socket::send(Kernel, &Sockets, cookie(ctx), &named, &mut backend);
+    let outcome = socket::send(Kernel, &Sockets, &caller, &named, &mut backend);
     conclude::<A>(ctx, outcome, &backend)
 }
 
@@ -103,12 +102,16 @@ pub(crate) fn show_peer<A: SocketAddress>(ctx: &SockAddrContext) -> i32 {
     ALLOW
 }
 
-/// Whether the socket is of a network namespace that is served.
+/// Who calls; nobody where the socket is of a network namespace that is not served.
 #[inline(always)]
-fn is_served(ctx: &SockAddrContext) -> bool {
-    let served = maps::served_namespace();
+fn served(ctx: &SockAddrContext) -> Option<Caller> {
+    let (served, node) = (maps::served_namespace(), maps::node_namespace());
     // SAFETY: the context is valid.
-    served == 0 || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == served
+    let namespace = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if served != 0 && served != namespace {
+        return None;
+    }
+    Some(Caller { cookie: cookie(ctx), is_node: node != 0 && node == namespace, now: maps::now() })
 }
 
 #[inline(always)]
@@ -142,6 +145,10 @@ fn conclude<A: SocketAddress>(ctx: &SockAddrContext, outcome: Outcome, backend: 
                 // SAFETY: the helper takes a number.
                 unsafe { bpf_set_retval(-ECONNREFUSED) };
             }
+            return REFUSE;
+        }
+        Outcome::Forbidden => {
+            maps::count_call(Counter::SocketsRefused);
             return REFUSE;
         }
     }

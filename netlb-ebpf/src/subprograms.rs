@@ -6,7 +6,7 @@
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
-    addr::{Ipv4Be, Ipv6Be},
+    addr::{Addr, Address, Ipv4Be, Ipv6Be},
     balance::{self, Lookup, Reach, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
@@ -16,6 +16,7 @@ use netlb_common::{
 };
 
 use crate::{
+    answer,
     frame::{Frame, Skb, Xdp},
     maps::{self, Kernel, Work},
     pipeline, tc, xdp,
@@ -64,6 +65,14 @@ subprogram! {
         0
     }
 
+    fn owned_have(a: u64, b: u64) -> u32 {
+        maps::owned_have(Addr([a, b])) as u32
+    }
+
+    fn from_outside(interface: u32, a: u64, b: u64) -> u32 {
+        pipeline::is_outside(interface, Addr([a, b])) as u32
+    }
+
     fn flow_remove(fingerprint: u64, now: u32) -> u32 {
         table::remove(&Kernel, Fingerprint(fingerprint), Ticks(now)) as u32
     }
@@ -83,9 +92,29 @@ pub(crate) fn log_flow(frame: &Skb, service: u32) {
     log_new_flow(frame.skb(), service);
 }
 
+/// Whether an address is of the networks that are services' or nobody's.
+#[inline(always)]
+pub(crate) fn is_owned(addr: Addr) -> bool {
+    owned_have(addr.0[0], addr.0[1]) != 0
+}
+
+/// Whether packets with a source that come in on an interface are from outside.
+#[inline(always)]
+pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
+    let Addr([a, b]) = source.to_map();
+    from_outside(interface, a, b) != 0
+}
+
 /// The parts of the pipeline that are subprograms, for each family.
 pub(crate) trait Parts: Sized {
-    fn select(work: &Work<Self>) -> Selection;
+    fn select(work: &Work<Self>, interface: u32) -> Selection;
+    /// Has the client keep its backend.
+    fn remember(work: &Work<Self>);
+    fn unclaimed(work: &Work<Self>) -> Verdict;
+    /// Makes a frame the answer to itself, and sends it back. `why` is [`tc::REJECT`] or what follows it.
+    ///
+    /// The packet is the one under way on this CPU: nobody need keep where it is.
+    fn answer(frame: &Skb, why: i32) -> i32;
     fn lost_reply(work: &mut Work<Self>) -> Verdict;
     fn tend(work: &Work<Self>);
     /// Rewrites a packet that the kernel sends.
@@ -95,16 +124,44 @@ pub(crate) trait Parts: Sized {
 /// Those that need the frame, for each hook and family.
 pub(crate) trait Hook<A>: Frame + Reach<A> {
     fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
-    /// Rewrites a packet and sends it on.
+    /// What becomes of a packet that is neither TCP nor UDP.
+    fn stray(&self) -> Verdict;
+    /// Rewrites a packet and sends it on. At TC the result may say that it is too long.
     fn dispatch(&self, work: &Work<A>) -> i32;
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $lost_reply:ident, $tend:ident, $restore:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
-            fn $select(work: *const Work<$family>) -> u64 {
-                unsafe { work.as_ref() }.map_or(Selection::NONE, |work| balance::select(Kernel, &work.packet, &work.lookup)).0
+            fn $select(work: *const Work<$family>, interface: u32) -> u64 {
+                let Some(work) = (unsafe { work.as_ref() }) else { return Selection::NONE.0 };
+                let is_outside = || is_from_outside(interface, work.packet.tuple.source);
+                balance::select(Kernel, &work.packet, &work.lookup, is_outside).0
+            }
+
+            fn $remember(work: *const Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_ref() }) else { return 0 };
+                if work.translation.is_new {
+                    balance::remember(Kernel, &work.packet, &work.lookup, work.translation.service);
+                }
+                0
+            }
+
+            fn $unclaimed(work: *const Work<$family>) -> u32 {
+                unsafe { work.as_ref() }.map_or(Verdict::Pass, |work| pipeline::unclaimed(&work.packet)) as u32
+            }
+
+            fn $answer(skb: *mut __sk_buff, why: i32) -> i32 {
+                if why == tc::ECHO {
+                    return $echo(skb);
+                }
+                let Some(work) = maps::work::<$family>() else { return Skb::DROP };
+                answer::answer(&Skb::new(skb), unsafe { &(*work).packet }, (why - tc::REJECT) as u32)
+            }
+
+            fn $echo(skb: *mut __sk_buff) -> i32 {
+                answer::echo::<$family>(&Skb::new(skb))
             }
 
             fn $lost_reply(work: *mut Work<$family>) -> u32 {
@@ -125,8 +182,23 @@ macro_rules! parts {
 
         impl Parts for $family {
             #[inline(always)]
-            fn select(work: &Work<Self>) -> Selection {
-                Selection($select(work))
+            fn select(work: &Work<Self>, interface: u32) -> Selection {
+                Selection($select(work, interface))
+            }
+
+            #[inline(always)]
+            fn remember(work: &Work<Self>) {
+                $remember(work);
+            }
+
+            #[inline(always)]
+            fn unclaimed(work: &Work<Self>) -> Verdict {
+                verdict($unclaimed(work))
+            }
+
+            #[inline(always)]
+            fn answer(frame: &Skb, why: i32) -> i32 {
+                $answer(frame.skb(), why)
             }
 
             #[inline(always)]
@@ -147,11 +219,11 @@ macro_rules! parts {
     };
 }
 
-parts!(Ipv4Be, select_v4, lost_reply_v4, tend_v4, restore_v4);
-parts!(Ipv6Be, select_v6, lost_reply_v6, tend_v6, restore_v6);
+parts!(Ipv4Be, select_v4, remember_v4, unclaimed_v4, answer_v4, echo_v4, lost_reply_v4, tend_v4, restore_v4);
+parts!(Ipv6Be, select_v6, remember_v6, unclaimed_v6, answer_v6, echo_v6, lost_reply_v6, tend_v6, restore_v6);
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $returns_here:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
@@ -159,18 +231,22 @@ macro_rules! hook {
                 pipeline::place(&$frame::new(context), work, Selection(selection)) as u32
             }
 
-            fn $returns_here(context: *mut $context, packet: *const Parsed<$family>, backend: *const $family) -> u32 {
-                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, unsafe { backend.as_ref() }) else { return 0 };
-                pipeline::returns_here(&$frame::new(context), packet, *backend) as u32
+            fn $stray(context: *mut $context) -> u32 {
+                pipeline::stray::<$family>(&$frame::new(context)) as u32
+            }
+
+            fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, backend: u32, flags: u32) -> u32 {
+                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
+                pipeline::needs_snat(&$frame::new(context), packet, backend, flags) as u32
             }
 
             fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, flags: u32) -> u32 {
-                let (Some(seen), Some(to)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
-                if !balance::needs_snat(seen, to, flags, |to: $family| $returns_here(context, packet, &to) != 0) {
+                if $needs_snat(context, packet, backend, flags) == 0 {
                     return Snat::NONE.0;
                 }
                 match $address(context, packet, backend) {
                     0 => Snat::NO_ADDRESS.0,
+                    pipeline::IS_NODE => Snat::NONE.0,
                     index => balance::reserve(|n| Snat($attempt(context, packet, lookup, backend, index << 16 | n))).0,
                 }
             }
@@ -204,6 +280,11 @@ macro_rules! hook {
             }
 
             #[inline(always)]
+            fn stray(&self) -> Verdict {
+                verdict($stray(self.$as_context()))
+            }
+
+            #[inline(always)]
             fn dispatch(&self, work: &Work<$family>) -> i32 {
                 $dispatch(self.$as_context(), work)
             }
@@ -211,8 +292,34 @@ macro_rules! hook {
     };
 }
 
-hook!(Skb, tc, __sk_buff, skb, Ipv4Be, place_v4, returns_here_v4, address_v4, attempt_v4, source_v4, dispatch_v4);
-hook!(Skb, tc, __sk_buff, skb, Ipv6Be, place_v6, returns_here_v6, address_v6, attempt_v6, source_v6, dispatch_v6);
+hook!(
+    Skb,
+    tc,
+    __sk_buff,
+    skb,
+    Ipv4Be,
+    place_v4,
+    stray_v4,
+    needs_snat_v4,
+    address_v4,
+    attempt_v4,
+    source_v4,
+    dispatch_v4
+);
+hook!(
+    Skb,
+    tc,
+    __sk_buff,
+    skb,
+    Ipv6Be,
+    place_v6,
+    stray_v6,
+    needs_snat_v6,
+    address_v6,
+    attempt_v6,
+    source_v6,
+    dispatch_v6
+);
 hook!(
     Xdp,
     xdp,
@@ -220,7 +327,8 @@ hook!(
     md,
     Ipv4Be,
     xdp_place_v4,
-    xdp_returns_here_v4,
+    xdp_stray_v4,
+    xdp_needs_snat_v4,
     xdp_address_v4,
     xdp_attempt_v4,
     xdp_source_v4,
@@ -233,7 +341,8 @@ hook!(
     md,
     Ipv6Be,
     xdp_place_v6,
-    xdp_returns_here_v6,
+    xdp_stray_v6,
+    xdp_needs_snat_v6,
     xdp_address_v6,
     xdp_attempt_v6,
     xdp_source_v6,
@@ -245,9 +354,13 @@ hook!(
 const fn verdict(number: u32) -> Verdict {
     const PASS: u32 = Verdict::Pass as u32;
     const TRANSLATE: u32 = Verdict::Translate as u32;
+    const REJECT: u32 = Verdict::Reject as u32;
+    const ECHO: u32 = Verdict::Echo as u32;
     match number {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
+        REJECT => Verdict::Reject,
+        ECHO => Verdict::Echo,
         _ => Verdict::Drop,
     }
 }

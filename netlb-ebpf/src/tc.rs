@@ -17,11 +17,15 @@ use crate::{
     pipeline::{self, Packet},
     rewrite::rewrite,
     subprograms::{self, Hook as _},
-    too_big,
 };
 
 /// Datagrams up to this length fit every way (RFC 791: every host takes them), so that only longer ones are asked about.
 const ALWAYS_FITS: u16 = 576;
+
+/// What a packet is answered for, beside the results of programs: nobody serves it; beyond that, datagrams may be only so long; and it is an
+/// echo request. There is not stack enough to answer from below [`dispatch`].
+pub(crate) const REJECT: i32 = 1 << 16;
+pub(crate) const ECHO: i32 = 1 << 17;
 
 #[inline(always)]
 pub(crate) fn ingress(frame: &Skb) -> i32 {
@@ -55,14 +59,17 @@ where
     Skb: subprograms::Hook<A>,
 {
     let scope = if maps::forwarding() == forwarding::FAST { Scope::Both } else { Scope::Forward };
-    match pipeline::decide::<A, _>(frame, scope, |_| true) {
+    let result = match pipeline::decide::<A, _>(frame, scope, |_| true) {
         (Verdict::Translate, Some(work)) => {
             account(frame, work);
             frame.dispatch(work)
         }
         (Verdict::Drop, _) => DROP,
+        (Verdict::Reject, _) => REJECT,
+        (Verdict::Echo, _) => ECHO,
         _ => NEXT,
-    }
+    };
+    if result < REJECT { result } else { A::answer(frame, result) }
 }
 
 /// What the node sends has been routed already: its source changes, and nothing else.
@@ -125,7 +132,7 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
                 Err(_) => forward::refused(),
             }
         }
-        Outcome::TooBig if packet.dont_fragment => too_big::answer(frame, packet, way.mtu as u32),
+        Outcome::TooBig if packet.dont_fragment => REJECT + way.mtu as i32,
         Outcome::Nowhere => {
             maps::count(Counter::NoRoute);
             DROP

@@ -11,12 +11,13 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use anyhow::{Context, Result};
 use netlb::config::{Forwarding, Limits, Timeouts};
-use netlb::datapath::kernel::testing::{Harness, Program};
+use netlb::datapath::kernel::testing::{Harness, Program, Site};
 use netlb::dataplane::{ApplyReport, BackendCounters, Desired, Flow, FlowFilter, ServiceStats};
 use netlb::model::{Algorithm, Backend, BackendState, Frontend, Owner, Protocol, Service, Weight};
+use netlb_common::addr::{Addr, PortBe};
 use netlb_common::conntrack::{Direction, State};
 use netlb_common::counters::Counter;
-use netlb_common::maps::{Interface, role};
+use netlb_common::maps::{Config, EndpointKey, Interface, role};
 use netlb_common::table::{Data, Slot};
 use netlb_common::time::ticks_from_seconds;
 use nix::sched::{CloneFlags, unshare};
@@ -41,6 +42,7 @@ pub const DROP: i32 = 2;
 pub const REDIRECT: i32 = 7;
 
 /// The same of XDP.
+pub const XDP_DROP: i32 = 1;
 pub const XDP_PASS: i32 = 2;
 pub const XDP_TX: i32 = 3;
 pub const XDP_REDIRECT: i32 = 4;
@@ -144,6 +146,14 @@ impl Case {
     }
 }
 
+/// An address as maps hold it.
+pub fn addr(ip: IpAddr) -> Addr {
+    match ip {
+        IpAddr::V4(ip) => Addr::from_v4(ip.octets()),
+        IpAddr::V6(ip) => Addr::from_bytes(ip.octets()),
+    }
+}
+
 /// The hardware address of a host in the lab.
 pub fn mac(host: IpAddr) -> Mac {
     match host {
@@ -190,6 +200,26 @@ impl Lab {
     pub fn new(forwarding: Forwarding, limits: &Limits) -> Result<Self> {
         make_network()?;
         Ok(Self { harness: load(forwarding, limits)?, seen: RefCell::new(vec![0; Counter::COUNT]) })
+    }
+
+    /// With networks that the programs know.
+    pub fn at(site: &Site) -> Result<Self> {
+        make_network()?;
+        let harness = known(Harness::at(site, &LIMITS, &Timeouts::default(), Forwarding::Fast)?)?;
+        Ok(Self { harness, seen: RefCell::new(vec![0; Counter::COUNT]) })
+    }
+
+    /// Writes a record like the one in force at an address, but for some changes; they may change whose it is.
+    pub fn configure(&mut self, case: Case, vip: SocketAddr, change: impl FnOnce(&mut Config)) {
+        let mut config = self.config(case, vip);
+        change(&mut config);
+        self.harness.set_config(config).expect("room for a record");
+    }
+
+    /// The record in force at an address.
+    pub fn config(&self, case: Case, vip: SocketAddr) -> Config {
+        let key = EndpointKey::new(addr(vip.ip()), PortBe::new(vip.port()), case.protocol.number());
+        self.harness.config(&key).unwrap_or_else(|| panic!("nothing is served at {vip}"))
     }
 
     /// Begins a case: no flows, these services, and counters at zero.

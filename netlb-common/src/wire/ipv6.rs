@@ -54,6 +54,17 @@ impl<W: Fields> Ipv6<W> {
     }
 }
 
+/// Whether a header of the kind is passed over on the way to the transport header.
+#[inline(always)]
+#[must_use]
+pub const fn is_extension(header: u8) -> bool {
+    header == HOP_BY_HOP
+        || header == ROUTING
+        || header == DESTINATION_OPTIONS
+        || header == AUTHENTICATION
+        || header == FRAGMENT
+}
+
 /// The protocol of the transport header and where it stands, past the extension headers.
 #[inline(always)]
 pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<(u8, usize), Ignore> {
@@ -62,12 +73,7 @@ pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: us
         if header == tcp::PROTOCOL || header == udp::PROTOCOL {
             return Ok((header, offset));
         }
-        let is_known = header == HOP_BY_HOP
-            || header == ROUTING
-            || header == DESTINATION_OPTIONS
-            || header == AUTHENTICATION
-            || header == FRAGMENT;
-        if !is_known {
+        if !is_extension(header) {
             return Err(Ignore::NotTcpOrUdp);
         }
         let extension = packet.window(offset, 8)?;

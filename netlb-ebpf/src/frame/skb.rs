@@ -2,10 +2,12 @@
 //!
 //! It is changed by the kernel's helpers, which know whether a checksum is complete, partial or still to be made.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
-    helpers::{bpf_skb_change_tail, bpf_skb_store_bytes},
+    helpers::{bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use netlb_common::{
@@ -99,6 +101,17 @@ impl Skb {
         if result == 0 { Ok(()) } else { Err(Refused) }
     }
 
+    /// Copies bytes to a place that has room for `room` of them.
+    #[inline(always)]
+    pub(crate) fn load(&self, offset: usize, to: *mut c_void, len: usize, room: usize) -> Result<(), Refused> {
+        if len == 0 || len > room {
+            return Err(Refused);
+        }
+        // SAFETY: there is room.
+        let result = unsafe { bpf_skb_load_bytes(self.skb().cast(), offset as u32, to, len as u32) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
     #[inline(always)]
     pub(crate) fn replace_checksum(&self, offset: usize, from: u64, to: u64, flags: u64) -> Result<(), Refused> {
         self.0.l4_csum_replace(offset, from, to, flags).map_err(|_| Refused)
@@ -111,7 +124,7 @@ impl Skb {
         if unsafe { bpf_skb_change_tail(self.skb(), len, 0) } == 0 { Ok(()) } else { Err(Refused) }
     }
 
-    /// Makes room after the Ethernet header.
+    /// Makes room after the Ethernet header, or takes bytes away.
     #[inline(always)]
     pub(crate) fn make_room(&self, len: i32) -> Result<(), Refused> {
         self.0.adjust_room(len, BPF_ADJ_ROOM_MAC, 0).map_err(|_| Refused)
@@ -121,6 +134,7 @@ impl Skb {
 impl Frame for Skb {
     const PASS: i32 = crate::NEXT;
     const DROP: i32 = crate::DROP;
+    const ANSWERS: bool = true;
 
     #[inline(always)]
     fn len(&self) -> u32 {
@@ -152,7 +166,7 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn as_ptr(&self) -> *mut core::ffi::c_void {
+    fn as_ptr(&self) -> *mut c_void {
         self.0.as_ptr()
     }
 }

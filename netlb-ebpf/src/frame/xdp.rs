@@ -54,6 +54,7 @@ impl Writable {
 impl Frame for Xdp {
     const PASS: i32 = xdp_action::XDP_PASS as i32;
     const DROP: i32 = xdp_action::XDP_DROP as i32;
+    const ANSWERS: bool = false;
 
     #[inline(always)]
     fn len(&self) -> u32 {

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use netlb_common::network::Networks;
 
 use self::{
     counts::Counts,
@@ -95,6 +96,9 @@ impl Datapath {
             snat: config.snat,
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
+            owned: Networks::NONE,
+            pods: Networks::NONE,
+            echo: true,
             xdp: config.node.xdp != Xdp::Off,
             sockets: config.socket.scope,
         };

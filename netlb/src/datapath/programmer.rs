@@ -184,6 +184,11 @@ impl<M: Maps> Programmer<M> {
         &self.maps
     }
 
+    /// For tests that write records themselves.
+    pub(super) fn maps_mut(&mut self) -> &mut M {
+        &mut self.maps
+    }
+
     /// Makes the maps serve exactly these services. Idempotent; a failure stays with its service, which keeps what it
     /// had.
     pub fn apply(&mut self, desired: &[Desired]) -> ApplyReport {

@@ -12,7 +12,6 @@ use netlb_common::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
-    network::Networks,
     snat::{self, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
@@ -233,9 +232,9 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
             LogLevel::Debug => log_level::DEBUG,
         },
         snat_ports: Ports { first, more: last - first },
-        pad: 0,
-        owned: Networks::NONE,
-        pods: Networks::NONE,
+        echo: u32::from(options.echo),
+        owned: options.owned,
+        pods: options.pods,
     }
 }
 

@@ -14,7 +14,7 @@ use aya::{
     maps::{Array, Map, MapData, MapInfo},
     programs::{ProgramError, ProgramFd, SchedClassifier, Xdp},
 };
-use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta};
+use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta, network::Networks};
 
 use super::{
     layout::{Layout, Spec, settings, timeouts},
@@ -38,6 +38,12 @@ pub(super) struct Options<'a> {
     pub(super) snat: Snat,
     pub(super) forwarding: Forwarding,
     pub(super) log: LogLevel,
+    /// Addresses that are services' or nobody's.
+    pub(super) owned: Networks,
+    /// Addresses of the node's pods.
+    pub(super) pods: Networks,
+    /// Whether services answer echo requests.
+    pub(super) echo: bool,
     /// Whether the XDP program is wanted.
     pub(super) xdp: bool,
     /// The network namespaces whose sockets are served; see [`sockets`](super::sockets) for the programs.

@@ -55,11 +55,14 @@ const HOOKS: [Hook; 8] = [
 /// The constants of the programs.
 pub(super) fn settings(scope: SocketScope) -> io::Result<SocketSettings> {
     let chooses_errors = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
+    let node = match (scope, syscall::namespace_cookie()) {
+        (SocketScope::Node, cookie) => cookie?,
+        // Where it is not known, services with source ranges and such are left to the packets' path.
+        (_, cookie) => cookie.unwrap_or(0),
+    };
     Ok(SocketSettings {
-        namespace: match scope {
-            SocketScope::Off | SocketScope::All => 0,
-            SocketScope::Node => syscall::namespace_cookie()?,
-        },
+        namespace: if scope == SocketScope::Node { node } else { 0 },
+        node,
         chooses_errors: u32::from(chooses_errors.unwrap_or(false)),
         pad: 0,
     })

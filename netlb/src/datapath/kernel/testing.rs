@@ -8,12 +8,17 @@ use std::{
 use anyhow::Context as _;
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData},
+    maps::{
+        HashMap, Map, MapData,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{ProgramError, ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, TestRunResult},
 };
 use netlb_common::{
+    addr::Addr,
     counters,
-    maps::{Backend, Interface},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Interface, RangeKey},
+    network::Networks,
     table::Storage,
 };
 
@@ -57,6 +62,25 @@ pub struct Harness {
     programmer: Programmer<KernelMaps>,
     interfaces: HashMap<MapData, u32, Interface>,
     counts: Counts,
+    addresses: HashMap<MapData, Addr, u32>,
+    ranges: LpmTrie<MapData, RangeKey, u32>,
+    affinity: HashMap<MapData, AffinityKey, Affinity>,
+    /// Records of `CONFIGS` that tests wrote, from the last on.
+    configs: u32,
+}
+
+/// What the programs are told of addresses when they are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    pub owned: Networks,
+    pub pods: Networks,
+    pub echo: bool,
+}
+
+impl Default for Site {
+    fn default() -> Self {
+        Self { owned: Networks::NONE, pods: Networks::NONE, echo: true }
+    }
 }
 
 impl fmt::Debug for Harness {
@@ -70,8 +94,23 @@ impl Harness {
         Self::of(load::OBJECT, limits, timeouts, forwarding)
     }
 
+    /// The same, with networks that the programs know.
+    pub fn at(site: &Site, limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
+        Self::load(load::OBJECT, site, limits, timeouts, forwarding)
+    }
+
     /// The same with the programs of another object, which has the same maps.
     pub fn of(object: &[u8], limits: &Limits, timeouts: &Timeouts, forwarding: Forwarding) -> anyhow::Result<Self> {
+        Self::load(object, &Site::default(), limits, timeouts, forwarding)
+    }
+
+    fn load(
+        object: &[u8],
+        site: &Site,
+        limits: &Limits,
+        timeouts: &Timeouts,
+        forwarding: Forwarding,
+    ) -> anyhow::Result<Self> {
         let options = Options {
             object,
             limits,
@@ -79,6 +118,9 @@ impl Harness {
             snat: Snat::default(),
             forwarding,
             log: LogLevel::Off,
+            owned: site.owned,
+            pods: site.pods,
+            echo: site.echo,
             xdp: true,
             sockets: SocketScope::Off,
         };
@@ -87,6 +129,10 @@ impl Harness {
             programmer: Programmer::new(loaded.maps)?,
             interfaces: take_hash(&mut loaded.ebpf, "INTERFACES")?,
             counts: Counts::new(&mut loaded.ebpf)?,
+            addresses: HashMap::try_from(Map::HashMap(loaded.memory.map("ADDRESSES")?))?,
+            ranges: LpmTrie::try_from(Map::LpmTrie(loaded.memory.map("SOURCE_RANGES")?))?,
+            affinity: HashMap::try_from(Map::HashMap(loaded.memory.map("AFFINITY")?))?,
+            configs: 0,
             ebpf: loaded.ebpf,
         })
     }
@@ -189,5 +235,50 @@ impl Harness {
 
     pub fn set_interface(&mut self, index: u32, interface: Interface) -> io::Result<()> {
         self.interfaces.insert(index, interface, 0).map_err(io_error)
+    }
+
+    /// The record in force for an address, port and protocol.
+    pub fn config(&self, key: &EndpointKey) -> Option<Config> {
+        let maps = self.programmer.maps();
+        Some(maps.config(maps.service(key)?.index()))
+    }
+
+    /// Puts a record in force, for its own key. The programmer does not know of it.
+    pub fn set_config(&mut self, config: Config) -> io::Result<()> {
+        self.configs += 1;
+        let maps = self.programmer.maps_mut();
+        let (index, generation) = (maps.sizes().configs - self.configs, u32::MAX - self.configs);
+        maps.set_config(index, &Config { generation, ..config });
+        maps.set_service(&config.key, ConfigRef::new(index, generation))
+    }
+
+    /// Sets flags of the backends with an address, and says how many there are.
+    pub fn set_backend_flags(&mut self, addr: Addr, flags: u8) -> usize {
+        let maps = self.programmer.maps_mut();
+        let ids = Vec::from_iter((1..maps.sizes().backends).filter(|id| maps.backend(*id).addr == addr));
+        for id in &ids {
+            maps.set_backend_flags(*id, flags);
+        }
+        ids.len()
+    }
+
+    /// Says of an address what the programs know of it: one of [`netlb_common::maps::address`].
+    pub fn set_address(&mut self, addr: Addr, what: u32) -> io::Result<()> {
+        self.addresses.insert(addr, what, 0).map_err(io_error)
+    }
+
+    /// Lets the clients of a service be in a network: the first `bits` of an address in the form of the maps.
+    pub fn add_range(&mut self, service: u32, addr: Addr, bits: u32) -> io::Result<()> {
+        let key = Key::new(RangeKey::SERVICE_BITS + bits, RangeKey::new(service, addr));
+        self.ranges.insert(&key, 1, 0).map_err(io_error)
+    }
+
+    /// What clients keep their backends by.
+    pub fn affinities(&self) -> io::Result<Vec<(AffinityKey, Affinity)>> {
+        self.affinity.iter().collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    pub fn set_affinity(&mut self, key: AffinityKey, value: Affinity) -> io::Result<()> {
+        self.affinity.insert(key, value, 0).map_err(io_error)
     }
 }

@@ -1,0 +1,407 @@
+//! Who serves a new flow.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    vec::Vec,
+};
+
+use super::*;
+use crate::{
+    addr::{Address as _, Ipv4Be},
+    conntrack::Segment,
+    maps::algorithm,
+    table::{Bucket, Place, Record, Storage},
+    testing::Memory,
+};
+
+const NOW: Ticks = Ticks(5000);
+const ALL: u8 = Backend::SERVING | Backend::ACCEPTING;
+
+/// A service with three backends, numbers 1 to 3, and another record of it for flows from outside, whose only member is backend 3.
+struct Node {
+    flows: Memory,
+    configs: [Config; 2],
+    backends: Vec<Backend>,
+    affinity: RefCell<HashMap<AffinityKey, Affinity>>,
+    ranges: Vec<(u32, Addr)>,
+    counted: RefCell<Vec<Counter>>,
+    turn: Cell<u64>,
+    has_room: bool,
+}
+
+fn v4(a: u8, b: u8, c: u8, d: u8) -> Ipv4Be {
+    Ipv4Be(u32::from_ne_bytes([a, b, c, d]))
+}
+
+impl Node {
+    fn new() -> Self {
+        let key = EndpointKey::new(v4(10, 96, 0, 10).to_map(), PortBe::new(80), 6);
+        let config =
+            Config { key, generation: 9, service: 4, frontend: 1, ring_len: 3, members_len: 3, ..Config::default() };
+        let outside = Config {
+            key: EndpointKey { scope: EndpointKey::OUTSIDE, ..key },
+            generation: 10,
+            ring: 2,
+            ring_len: 1,
+            ..config
+        };
+        let backend = |n| Backend {
+            addr: v4(10, 244, 1, n).to_map(),
+            port: PortBe::new(8080),
+            protocol: 6,
+            flags: ALL,
+            service: 4,
+            ..Backend::default()
+        };
+        Self {
+            flows: Memory::new(64),
+            configs: [config, outside],
+            backends: (0..4).map(backend).collect(),
+            affinity: RefCell::default(),
+            ranges: Vec::new(),
+            counted: RefCell::default(),
+            turn: Cell::new(0),
+            has_room: true,
+        }
+    }
+
+    fn packet(port: u16, segment: u8) -> Parsed<Ipv4Be> {
+        Parsed {
+            tuple: Tuple {
+                source: v4(10, 244, 1, 200),
+                destination: v4(10, 96, 0, 10),
+                source_port: PortBe::new(port),
+                destination_port: PortBe::new(80),
+                protocol: 6,
+            },
+            transport: 34,
+            transport_len: 20,
+            ttl: 64,
+            ip_check: 0,
+            check: 0,
+            dont_fragment: true,
+            segment: Segment::from_control(segment),
+        }
+    }
+
+    fn lookup(&self, packet: &Parsed<Ipv4Be>) -> Lookup {
+        Lookup {
+            fingerprint: self.hash_key().fingerprint(&packet.tuple),
+            now: NOW,
+            candidate: Candidate { to_frontend: true, from_backend: false },
+            scope: Scope::Both,
+        }
+    }
+
+    fn select(&self, packet: &Parsed<Ipv4Be>, is_outside: bool) -> Selection {
+        select(self, packet, &self.lookup(packet), || is_outside)
+    }
+
+    /// What becomes of a packet, and the backend it goes to.
+    fn place(&self, packet: &Parsed<Ipv4Be>) -> (Verdict, Addr) {
+        let mut translation = Translation::none();
+        let (lookup, selection) = (self.lookup(packet), self.select(packet, false));
+        let verdict = place(self, packet, &lookup, selection, &Direct, &mut translation);
+        if verdict == Verdict::Translate && selection.is_affine() {
+            remember(self, packet, &lookup, translation.service);
+        }
+        (verdict, translation.address.to_map())
+    }
+}
+
+/// Nobody gets another source.
+struct Direct;
+
+impl Reach<Ipv4Be> for Direct {
+    fn source(&self, _: &Parsed<Ipv4Be>, _: &Lookup, _: u32, _: u32) -> Snat {
+        Snat::NONE
+    }
+}
+
+impl Operations for &Node {}
+
+impl Storage for &Node {
+    fn mask(&self) -> u32 {
+        self.flows.mask()
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.flows.bucket(index)
+    }
+
+    fn record(&self, place: Place) -> Option<&Record> {
+        self.flows.record(place)
+    }
+
+    fn timeout(&self, state: State) -> u32 {
+        self.flows.timeout(state)
+    }
+}
+
+impl Tables for &Node {
+    fn hash_key(&self) -> HashKey {
+        HashKey::new([1, 2, 3, 4])
+    }
+
+    fn filter_bits_log2(&self) -> u32 {
+        15
+    }
+
+    fn filter_has(&self, _: u32) -> bool {
+        false
+    }
+
+    fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
+        let index = self.configs.iter().position(|config| config.key == *key)?;
+        Some(ConfigRef::new(index as u32, self.configs[index].generation))
+    }
+
+    fn config(&self, index: u32) -> Option<&Config> {
+        self.configs.get(index as usize)
+    }
+
+    fn ring(&self, slot: u32) -> Option<u16> {
+        Some(slot as u16)
+    }
+
+    fn member(&self, index: u32) -> Option<u32> {
+        Some(index + 1)
+    }
+
+    fn backend(&self, id: u32) -> Option<&Backend> {
+        self.backends.get(id as usize)
+    }
+
+    fn frontend(&self, _: u32) -> Option<&Frontend> {
+        None
+    }
+
+    fn is_in_range(&self, service: u32, client: Addr) -> bool {
+        self.ranges.contains(&(service, client))
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
+        if self.has_room {
+            self.affinity.borrow_mut().insert(*key, value);
+        }
+        self.has_room
+    }
+
+    fn forget_affinity(&self, key: &AffinityKey) {
+        self.affinity.borrow_mut().remove(key);
+    }
+
+    fn address(&self, addr: Addr) -> u32 {
+        match addr {
+            addr if addr == v4(10, 96, 0, 10).to_map() => address::SERVICE,
+            addr if addr == v4(10, 96, 0, 11).to_map() => address::SERVICE | address::NODE,
+            _ => 0,
+        }
+    }
+
+    fn is_owned(&self, addr: Addr) -> bool {
+        addr.to_bytes().starts_with(&v4(10, 96, 0, 0).to_map().to_bytes()[..15])
+    }
+
+    fn source(&self, _: u32) -> Option<Addr> {
+        None
+    }
+
+    fn source_index(&self, _: Addr) -> u32 {
+        0
+    }
+
+    fn snat_ports(&self) -> Ports {
+        Ports::default()
+    }
+
+    fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
+        None
+    }
+
+    fn turn(&self, _: u32) -> u64 {
+        self.turn.replace(self.turn.get() + 1)
+    }
+
+    fn random(&self) -> u32 {
+        0
+    }
+
+    fn count(&self, counter: Counter) {
+        self.counted.borrow_mut().push(counter);
+    }
+
+    fn count_flow(&self, _: u32, _: u32) {}
+}
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+#[test]
+fn a_selection_holds_the_largest_numbers() {
+    let most = Selection::new((1 << 23) - 1, (1 << 17) - 1);
+    assert_eq!((most.config(), most.member(), most.backend()), ((1 << 23) - 1, (1 << 17) - 1, 0));
+    for special in [Selection::NONE, Selection::NOBODY, Selection::UNWANTED] {
+        assert_ne!(most.with_conflict(), special);
+    }
+    let selection = Selection::new(7, 3);
+    assert_eq!((selection.next().config(), selection.next().member()), (7, 4));
+    assert!(selection.with_conflict().next().has_conflict());
+}
+
+#[test]
+fn flows_from_outside_have_their_own_record_or_none() {
+    let mut node = Node::new();
+    let packet = Node::packet(40000, SYN);
+    assert_eq!(node.select(&packet, true).config(), 0, "nobody says that there is another one");
+    node.configs[0].flags = Config::OUTSIDE;
+    assert_eq!((node.select(&packet, false).config(), node.select(&packet, true).config()), (0, 1));
+    node.configs[1].key.port = PortBe::new(81);
+    assert_eq!(node.select(&packet, true), Selection::UNWANTED);
+    assert_eq!(*node.counted.borrow(), [Counter::NoLocalBackend]);
+}
+
+#[test]
+fn ranges_are_a_services_own() {
+    let mut node = Node::new();
+    let packet = Node::packet(40000, SYN);
+    let client = packet.tuple.source.to_map();
+    node.configs[0].flags = Config::RANGES;
+    node.ranges.push((5, client));
+    assert_eq!(node.select(&packet, false), Selection::UNWANTED);
+    assert_eq!(*node.counted.borrow(), [Counter::SourceRange]);
+    node.ranges.push((4, client));
+    assert_eq!(node.select(&packet, false).config(), 0);
+}
+
+#[test]
+fn without_members_flows_are_rejected_or_dropped() {
+    let mut node = Node::new();
+    node.configs[0].ring_len = 0;
+    node.configs[0].members_len = 0;
+    for segment in [SYN, ACK] {
+        assert_eq!(node.select(&Node::packet(40000, segment), false), Selection::NOBODY);
+    }
+    node.configs[0].flags = Config::DROP;
+    assert_eq!(node.select(&Node::packet(40000, SYN), false), Selection::UNWANTED);
+    assert_eq!(*node.counted.borrow(), [Counter::NoLocalBackend]);
+}
+
+#[test]
+fn a_flow_of_a_backend_that_drains_is_found_again_though_the_ring_is_empty() {
+    let mut node = Node::new();
+    let (_, backend) = node.place(&Node::packet(40000, SYN));
+    node.flows.lose(node.lookup(&Node::packet(40000, SYN)).fingerprint);
+    node.configs[0].ring_len = 0;
+    assert_eq!(node.place(&Node::packet(40000, ACK)), (Verdict::Translate, backend));
+    assert_eq!(node.select(&Node::packet(40001, ACK), false), Selection::NOBODY);
+}
+
+#[test]
+fn where_all_drain_flows_are_rejected_and_a_conflict_drops_them() {
+    let mut node = Node::new();
+    for backend in &mut node.backends {
+        backend.flags = Backend::SERVING;
+    }
+    assert_eq!(node.place(&Node::packet(40000, SYN)).0, Verdict::Reject);
+    for backend in &mut node.backends {
+        backend.flags = ALL;
+    }
+    assert_eq!(node.place(&Node::packet(40000, SYN)).0, Verdict::Translate);
+    assert_eq!(*node.counted.borrow(), [Counter::FlowsCreated]);
+}
+
+#[test]
+fn a_client_keeps_its_backend_until_that_is_of_no_use() {
+    let mut node = Node::new();
+    node.configs[0].affinity = 100;
+    let key = AffinityKey { client: Node::packet(0, SYN).tuple.source.to_map(), service: 4, pad: 0 };
+    let mut port = 40000;
+    let mut next = |node: &Node| {
+        port += 1;
+        node.place(&Node::packet(port, SYN)).1
+    };
+    let of_ring = next(&node);
+    assert_eq!([(); 5].map(|()| next(&node)), [of_ring; 5], "the hash has no ports");
+    let ring_id = node.affinity.borrow()[&key].backend();
+    let other = ring_id % 3 + 1;
+    let other_addr = node.backends[other as usize].addr;
+    let set = |node: &Node, id, time| node.affinity.borrow_mut().insert(key, Affinity::new(id, Ticks(time)));
+    for algorithm in [algorithm::MAGLEV, algorithm::RANDOM, algorithm::ROUND_ROBIN] {
+        node.configs[0].algorithm = algorithm;
+        set(&node, other, NOW.0 - 100);
+        assert_eq!(next(&node), other_addr);
+        assert_eq!(node.affinity.borrow()[&key], Affinity::new(other, NOW), "made young");
+        set(&node, other, NOW.0 - 101);
+        assert_eq!(next(&node), of_ring, "too old");
+    }
+    set(&node, other, NOW.0);
+    node.backends[other as usize].flags = Backend::SERVING;
+    assert_eq!(next(&node), of_ring, "drains");
+    node.backends[other as usize].flags = ALL;
+    node.backends[other as usize].service = 5;
+    set(&node, other, NOW.0);
+    assert_eq!(next(&node), of_ring, "another service's");
+    node.backends[other as usize].service = 4;
+    node.configs[0].flags = Config::LOCAL;
+    set(&node, other, NOW.0);
+    assert_eq!(next(&node), of_ring, "not on this node");
+    node.backends[other as usize].flags |= Backend::LOCAL;
+    set(&node, other, NOW.0);
+    assert_eq!(next(&node), other_addr, "on this node");
+    set(&node, 77, NOW.0);
+    assert_eq!(next(&node), of_ring, "nobody's id");
+}
+
+#[test]
+fn an_unusable_backend_is_forgotten_and_no_room_is_no_harm() {
+    let mut node = Node::new();
+    node.configs[0].affinity = 100;
+    let packet = Node::packet(40000, SYN);
+    let key = AffinityKey { client: packet.tuple.source.to_map(), service: 4, pad: 0 };
+    node.affinity.borrow_mut().insert(key, Affinity::new(2, Ticks(NOW.0 - 500)));
+    node.select(&packet, false);
+    assert!(node.affinity.borrow().is_empty());
+    node.has_room = false;
+    assert_eq!(node.place(&packet).0, Verdict::Translate);
+    assert_eq!(*node.counted.borrow(), [Counter::FlowsCreated, Counter::AffinityFull]);
+}
+
+#[test]
+fn loopback_addresses_are_no_services() {
+    let node = Node::new();
+    let mut packet = Node::packet(40000, SYN);
+    packet.tuple.source = v4(127, 0, 0, 1);
+    assert_eq!(node.select(&packet, false), Selection::NONE);
+}
+
+#[test]
+fn another_source_is_wanted_by_origin() {
+    let (packet, node) = (Node::packet(40000, SYN), Node::new());
+    let needs = |flags, is_outside, returns| needs_snat(&packet, &node.backends[1], flags, is_outside, |_| returns);
+    assert!(!needs(0, false, true) && needs(0, true, false));
+    assert!(!needs(Config::SNAT_NEVER, true, false));
+    assert!(needs(Config::SNAT_PODS, false, true) && !needs(Config::SNAT_PODS, true, true));
+    assert!(needs(Config::SNAT_OUTSIDE, true, true) && !needs(Config::SNAT_OUTSIDE, false, true));
+    assert!(needs(Config::SNAT_OUTSIDE | Config::SNAT_NEVER, true, true));
+    let itself = Backend { addr: packet.tuple.source.to_map(), ..node.backends[1] };
+    assert!(needs_snat(&packet, &itself, Config::SNAT_NEVER, false, |_| true));
+}
+
+#[test]
+fn addresses_of_owned_networks_are_services_the_nodes_or_nobodys() {
+    let node = Node::new();
+    let of = |a, b, c, d| unclaimed(&&node, v4(a, b, c, d).to_map());
+    assert_eq!(of(10, 96, 0, 10), Unclaimed::Service);
+    assert_eq!(of(10, 96, 0, 11), Unclaimed::Elsewhere);
+    assert_eq!(of(10, 96, 0, 12), Unclaimed::Nobody);
+    assert_eq!(of(10, 97, 0, 12), Unclaimed::Elsewhere);
+    let candidate = |a, b, c, d| candidate(&&node, v4(192, 0, 2, 1), v4(a, b, c, d));
+    assert_eq!(candidate(10, 96, 0, 12), Some(Candidate { to_frontend: false, from_backend: false }));
+    assert_eq!(candidate(10, 97, 0, 12), None);
+}

@@ -1,0 +1,57 @@
+//! Errors: "port unreachable", "packet too big" (RFC 4443 §3) and "fragmentation needed" (RFC 1191).
+//!
+//! The frame is cut off after what is quoted, and moved to make room for the new headers.
+
+use core::ptr;
+
+use aya_ebpf::helpers::bpf_csum_diff;
+use netlb_common::{
+    checksum,
+    flow::{NETWORK, Parsed},
+};
+
+use super::{Answer, datagram_len, write as write_answer};
+use crate::{
+    frame::{Refused, Skb},
+    maps::{self, QUOTE},
+};
+
+/// What stands before the quote.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Message<H> {
+    header: H,
+    kind: [u8; 2],
+    check: u16,
+    /// In two halves: of four bytes, IPv4's header makes no more sure.
+    rest: [u16; 2],
+}
+
+/// ICMP's part of it.
+const ICMP: usize = 8;
+
+#[inline(always)]
+pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>, kind: [u8; 2], rest: u32) -> Result<(), Refused> {
+    let len = datagram_len::<A>(frame)?;
+    let quoted = if len > A::QUOTED { A::QUOTED } else { len };
+    let quote = maps::quote().ok_or(Refused)?;
+    // SAFETY: this CPU's.
+    unsafe { quote.write([0; _]) };
+    frame.load(NETWORK, quote.cast(), quoted, QUOTE)?;
+    // SAFETY: the place is as long as the sum.
+    let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, quote.cast(), QUOTE as u32, 0) };
+    // Segments become one packet; only then there is room to be made.
+    frame.truncate((NETWORK + quoted) as u32)?;
+    frame.make_room(size_of::<Message<A::Header>>() as i32)?;
+
+    let payload = (ICMP + quoted) as u16;
+    let halves = [rest as u16, (rest >> 16) as u16];
+    let rest = if cfg!(target_endian = "little") { halves } else { [halves[1], halves[0]] };
+    let covered = A::beside_icmp(packet, payload)
+        + u16::from_ne_bytes(kind) as u64
+        + rest[0] as u64
+        + rest[1] as u64
+        + sum as u32 as u64;
+    let message = Message { header: A::header(packet, A::ICMP, payload), kind, check: checksum::finish(covered), rest };
+    write_answer(frame, &message)
+}

@@ -1,0 +1,84 @@
+//! Resets of connections that nobody serves (RFC 9293 §3.10.7.1).
+
+use netlb_common::{
+    addr::PortBe,
+    checksum,
+    flow::{NETWORK, Parsed},
+    wire::{Fields as _, PacketBytes as _, tcp},
+};
+
+use super::{Answer, datagram_len, pseudo, write as write_answer};
+use crate::frame::{Refused, Skb};
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Reset<H> {
+    header: H,
+    tcp: Tcp,
+}
+
+/// A header without options (RFC 9293 §3.1).
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Tcp {
+    ports: [PortBe; 2],
+    sequence: [u16; 2],
+    acknowledgement: [u16; 2],
+    data_offset: u8,
+    control: u8,
+    window: u16,
+    check: u16,
+    urgent: u16,
+}
+
+const _: () = assert!(size_of::<Tcp>() == tcp::LEN);
+
+/// The longest way to a transport header: the verifier forgets what parsing knew.
+const MOST_HEADERS: usize = 512;
+
+#[inline(always)]
+pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Refused> {
+    let at = packet.transport;
+    if at > MOST_HEADERS {
+        return Err(Refused);
+    }
+    let header = frame.window(at, tcp::LEN).map_err(|_| Refused)?;
+    let word = |at: usize| u32::from_be(header.word(at));
+    let control = header.byte(tcp::CONTROL);
+    let (sequence, acknowledgement, bits) = if control & tcp::ACK != 0 {
+        (word(tcp::ACKNOWLEDGEMENT), 0, tcp::RST)
+    } else {
+        let headers = at - NETWORK + packet.transport_len;
+        let len = datagram_len::<A>(frame)?.saturating_sub(headers) as u32;
+        let flags = (control & tcp::SYN != 0) as u32 + (control & tcp::FIN != 0) as u32;
+        (0, word(tcp::SEQUENCE).wrapping_add(len).wrapping_add(flags), tcp::RST | tcp::ACK)
+    };
+    let halves = |word: u32| [((word >> 16) as u16).to_be(), (word as u16).to_be()];
+    let mut tcp = Tcp {
+        ports: [packet.tuple.destination_port, packet.tuple.source_port],
+        sequence: halves(sequence),
+        acknowledgement: halves(acknowledgement),
+        data_offset: (tcp::LEN as u8 / 4) << 4,
+        control: bits,
+        window: 0,
+        check: 0,
+        urgent: 0,
+    };
+    let len = tcp::LEN as u16;
+    let sum = pseudo(packet, tcp::PROTOCOL, len)
+        + tcp.ports[0].0 as u64
+        + tcp.ports[1].0 as u64
+        + tcp.sequence[0] as u64
+        + tcp.sequence[1] as u64
+        + tcp.acknowledgement[0] as u64
+        + tcp.acknowledgement[1] as u64
+        + u16::from_ne_bytes([tcp.data_offset, bits]) as u64;
+    tcp.check = checksum::finish(sum);
+
+    // The sender may have left the checksum to a device, which would sum up from where the transport header stood. Bytes that are taken
+    // away from the front, up to beyond that place, end this; at first they are added at the end.
+    let cut = at + 2;
+    frame.truncate((NETWORK + size_of::<Reset<A::Header>>() + cut) as u32)?;
+    frame.make_room(-(cut as i32))?;
+    write_answer(frame, &Reset { header: A::header(packet, tcp::PROTOCOL, len), tcp })
+}
