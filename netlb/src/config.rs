@@ -13,7 +13,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    model::{Frontend, Service},
+    model::{Claims, Service, describe_claim},
     spec::ServiceSpec,
 };
 
@@ -138,32 +138,33 @@ struct RawConfig {
 
 fn check_services(file: &str, text: &str, specs: Vec<Spanned<ServiceSpec>>) -> Result<Vec<Service>, ConfigError> {
     let error = |at, message: String| Diagnostic::new(file, text, at, message);
-    let mut services = Vec::with_capacity(specs.len());
-    // Where each name and frontend was first claimed, as a byte of the file: lines are counted only for an error.
+    let mut services: Vec<Service> = Vec::with_capacity(specs.len());
+    // Where each name and claim was first made, as a byte of the file: lines are counted only for an error.
     let mut names: HashMap<String, usize> = HashMap::with_capacity(specs.len());
-    let mut frontends: HashMap<Frontend, usize> = HashMap::with_capacity(specs.len());
+    let mut claims: Claims<(usize, usize)> = Claims::default();
     for spec in specs {
         let span = spec.span();
         let service = spec
             .into_inner()
             .into_service()
             .map_err(|problem| ConfigError::Invalid(Box::new(error(span.clone(), problem.to_string()))))?;
-        let twice = |first: usize, what: String| {
+        let twice = |first: usize, what: String, holder: &str| {
             let line = diagnostic::line_number(text, first);
-            let message = format!("{what} is already used by the [[service]] on line {line}");
+            let message = format!("{what} is already used by {holder}the [[service]] on line {line}");
             ConfigError::Invalid(Box::new(
                 error(span.clone(), message)
                     .with_help("a name and a frontend belong to one service; merge the two, or change one"),
             ))
         };
         if let Some(first) = names.insert(service.name().to_owned(), span.start) {
-            return Err(twice(first, format!("service name `{}`", service.name())));
+            return Err(twice(first, format!("service name `{}`", service.name()), ""));
         }
-        for claim in service.claims() {
-            if let Some(first) = frontends.insert(claim, span.start) {
-                return Err(twice(first, format!("frontend {claim}")));
-            }
+        if let Some(rival) = claims.rivals(&service).next() {
+            let (first, holder) = *rival.holder;
+            let what = format!("{} of service `{}`", describe_claim(&rival.claim), service.name());
+            return Err(twice(first, what, &format!("`{}`, ", services[holder].name())));
         }
+        claims.insert(&service, &(span.start, services.len()));
         services.push(service);
     }
     Ok(services)

@@ -70,7 +70,7 @@ impl std::fmt::Debug for Start {
 }
 
 enum Request {
-    Change { change: Change, dry_run: bool, reply: oneshot::Sender<Result<Done, ControlError>> },
+    Change { change: Box<Change>, dry_run: bool, reply: oneshot::Sender<Result<Done, ControlError>> },
     Work(Box<dyn FnOnce(&mut Worker) + Send>),
     Stop,
 }
@@ -118,7 +118,7 @@ impl Control {
 
     async fn request_change(&self, change: Change, dry_run: bool) -> Result<Done, ControlError> {
         let (reply, answer) = oneshot::channel();
-        let request = Request::Change { change, dry_run, reply };
+        let request = Request::Change { change: Box::new(change), dry_run, reply };
         self.requests.send(request).await.map_err(|_| ControlError::Stopping)?;
         answer.await.map_err(|_| ControlError::Stopping)?
     }

@@ -8,14 +8,14 @@
 //! plane need not compare everything.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
-pub use self::change::{BackendPatch, Change, ChangeError, Done, Edit, ServicePatch};
+pub use self::change::{BackendPatch, Change, ChangeError, Done, Edit, HintsPatch, ServicePatch};
 use crate::{
     dataplane::{Desired, Touched},
-    model::{Frontend, Owner, Service, parse_claim},
+    model::{Claims, Frontend, Owner, Service, parse_claim},
 };
 
 mod change;
@@ -27,11 +27,11 @@ mod tests;
 pub struct DesiredState {
     file: Vec<FileService>,
     file_names: HashMap<String, usize>,
-    file_frontends: HashMap<Frontend, usize>,
+    file_claims: Claims<usize>,
     /// Of services in `file`, by their place in it.
     conflicts: BTreeMap<usize, Vec<Conflict>>,
     api: BTreeMap<String, Arc<Service>>,
-    api_frontends: HashMap<Frontend, String>,
+    api_claims: Claims<String>,
     /// Names under which something else may be served than when they were last asked for.
     touched: BTreeSet<String>,
 }
@@ -84,11 +84,10 @@ impl DesiredState {
         };
         let services: Vec<_> = services.into_iter().map(same).collect();
         self.file_names = services.iter().enumerate().map(|(at, service)| (service.name().to_owned(), at)).collect();
-        self.file_frontends = services
-            .iter()
-            .enumerate()
-            .flat_map(|(at, service)| service.claims().map(move |claim| (claim, at)))
-            .collect();
+        self.file_claims = Claims::default();
+        for (at, service) in services.iter().enumerate() {
+            self.file_claims.insert(service, &at);
+        }
         self.file = services.into_iter().map(|wanted| FileService { wanted, served: None }).collect();
         self.conflicts.clear();
         for at in 0..self.file.len() {
@@ -117,8 +116,8 @@ impl DesiredState {
         };
         let by_frontend = || {
             let frontend = parse_claim(reference)?;
-            let api = self.api_frontends.get(&frontend).map(|name| (&*self.api[name], Owner::Api));
-            api.or_else(|| self.file_frontends.get(&frontend).map(file))
+            let api = self.api_claims.holder(&frontend).map(|name| (&*self.api[name], Owner::Api));
+            api.or_else(|| self.file_claims.holder(&frontend).map(file))
         };
         by_name().or_else(by_frontend)
     }
@@ -135,10 +134,10 @@ impl DesiredState {
     pub fn find_served(&self, reference: &str) -> Option<Desired> {
         self.served_as(reference).or_else(|| {
             let frontend = parse_claim(reference)?;
-            if let Some(name) = self.api_frontends.get(&frontend) {
+            if let Some(name) = self.api_claims.holder(&frontend) {
                 return self.served_as(name);
             }
-            let service = self.file[*self.file_frontends.get(&frontend)?].served.clone()?;
+            let service = self.file[*self.file_claims.holder(&frontend)?].served.clone()?;
             Some(Desired { service, owner: Owner::File })
         })
     }
@@ -149,7 +148,7 @@ impl DesiredState {
             return Some(Desired { service: Arc::clone(service), owner: Owner::Api });
         }
         // One that lost its first frontend may be named after another.
-        let by_frontend = || self.file_frontends.get(&parse_claim(name)?);
+        let by_frontend = || self.file_claims.holder(&parse_claim(name)?);
         let at = self.file_names.get(name).or_else(by_frontend)?;
         let service = self.file[*at].served.clone().filter(|service| service.name() == name)?;
         Some(Desired { service, owner: Owner::File })
@@ -198,16 +197,20 @@ impl DesiredState {
             conflicts.push(conflict(Claim::Name, service.name()));
             return None;
         }
-        for claim in service.claims() {
-            if let Some(holder) = self.api_frontends.get(&claim) {
-                conflicts.push(conflict(Claim::Frontend(claim), holder));
+        let mut lost = HashSet::new();
+        for rival in self.api_claims.rivals(service) {
+            lost.insert(rival.claim);
+            let conflict = conflict(Claim::Frontend(rival.claim), rival.holder);
+            // A port on all addresses may be held on several.
+            if !conflicts.contains(&conflict) {
+                conflicts.push(conflict);
             }
         }
         if conflicts.is_empty() {
             return Some(Arc::clone(service));
         }
         // A service named after the frontend it lost is named after the next one.
-        service.without(|claim| self.api_frontends.contains_key(claim)).map(Arc::new)
+        service.without(|claim| lost.contains(claim)).map(Arc::new)
     }
 
     /// Carries out one edit, and returns the one that undoes it.
@@ -217,21 +220,15 @@ impl DesiredState {
             Edit::Remove(name) => (name, None),
         };
         let old = self.api.remove(&name);
-        let claims = old.iter().chain(&new).flat_map(|service| service.claims());
-        let mut contenders: BTreeSet<_> = claims.filter_map(|claim| self.file_frontends.get(&claim)).copied().collect();
+        let rivals = old.iter().chain(&new).flat_map(|service| self.file_claims.rivals(service));
+        let mut contenders: BTreeSet<_> = rivals.map(|rival| *rival.holder).collect();
         contenders.extend(self.file_names.get(&name));
-        for claim in old.iter().flat_map(|service| service.claims()) {
-            // A transaction may have given it to another service already.
-            if let Entry::Occupied(holder) = self.api_frontends.entry(claim)
-                && *holder.get() == name
-            {
-                holder.remove();
-            }
+        if let Some(old) = &old {
+            // A transaction may have given its claims to another service already.
+            self.api_claims.remove(old, &name);
         }
         if let Some(service) = new {
-            for claim in service.claims() {
-                self.api_frontends.insert(claim, name.clone());
-            }
+            self.api_claims.insert(&service, &name);
             self.api.insert(name.clone(), service);
         }
         for at in contenders {
@@ -246,27 +243,25 @@ impl DesiredState {
     /// Whether these edits leave every name and frontend with one service.
     fn check(&self, edits: &[Edit]) -> Result<(), ChangeError> {
         let edited: HashSet<&str> = edits.iter().map(Edit::name).collect();
-        let mut claimed: HashMap<Frontend, &str> = HashMap::new();
+        let mut claimed: Claims<&str> = Claims::default();
+        let taken = |frontend, holder: &str, owner| {
+            Err(ChangeError::FrontendTaken { frontend, service: holder.to_owned(), owner })
+        };
         for service in edits.iter().filter_map(Edit::service) {
             if self.file_names.contains_key(service.name()) && !self.api.contains_key(service.name()) {
                 return Err(ChangeError::NameTaken { name: service.name().to_owned(), owner: Owner::File });
             }
-            for frontend in service.claims() {
-                let taken = |holder: &str, owner| {
-                    Err(ChangeError::FrontendTaken { frontend, service: holder.to_owned(), owner })
-                };
-                if let Some(other) = claimed.insert(frontend, service.name()) {
-                    return taken(other, Owner::Api);
-                }
-                match self.api_frontends.get(&frontend) {
-                    Some(holder) if !edited.contains(holder.as_str()) => return taken(holder, Owner::Api),
-                    Some(_) => {}
-                    None => {
-                        if let Some(at) = self.file_frontends.get(&frontend) {
-                            return taken(self.file[*at].wanted.name(), Owner::File);
-                        }
-                    }
-                }
+            if let Some(rival) = claimed.rivals(service).next() {
+                return taken(rival.held, rival.holder, Owner::Api);
+            }
+            claimed.insert(service, &service.name());
+            if let Some(rival) = self.api_claims.rivals(service).find(|rival| !edited.contains(rival.holder.as_str())) {
+                return taken(rival.held, rival.holder, Owner::Api);
+            }
+            // Where the API has it already, the file's claim waits.
+            let is_free = |claim: &Frontend| self.api_claims.holder(claim).is_none();
+            if let Some(rival) = self.file_claims.rivals(service).find(|rival| is_free(&rival.claim)) {
+                return taken(rival.held, self.file[*rival.holder].wanted.name(), Owner::File);
             }
         }
         Ok(())

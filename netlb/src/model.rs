@@ -5,12 +5,17 @@
 
 pub use self::{
     backend::{Backend, BackendState, Conditions, Placement, Weight, WeightError},
-    frontend::{Frontend, FrontendError, NodePort, Protocol, Publish, PublishError, parse_claim, parse_endpoint},
-    options::{Affinity, AffinityError, Algorithm, Owner, SnatMode, TrafficPolicy},
+    claims::{Claims, Rival},
+    frontend::{
+        Frontend, FrontendError, NodePort, Protocol, Publish, PublishError, describe_claim, parse_address, parse_claim,
+        parse_endpoint, parse_port,
+    },
+    options::{Affinity, AffinityError, Algorithm, Owner, SnatMode, TrafficPolicy, TrafficPolicyError},
     service::{Claim, Definition, Service, ServiceError},
 };
 
 mod backend;
+mod claims;
 mod frontend;
 mod options;
 mod service;

@@ -9,7 +9,7 @@
 //! other damage stops the start, and what cannot be read is never overwritten.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
@@ -19,7 +19,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use self::journal::Entry;
-use crate::{model::Service, spec::ServiceSpec};
+use crate::{
+    model::{Claims, Service, describe_claim},
+    spec::ServiceSpec,
+};
 
 mod journal;
 #[cfg(test)]
@@ -125,7 +128,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let path = self.directory.join(journal_name(self.journal));
         let entry = |(name, service): (&str, Option<&Service>)| match service {
-            Some(service) => Entry::Put(service.into()),
+            Some(service) => Entry::Put(Box::new(service.into())),
             None => Entry::Remove(name.to_owned()),
         };
         let record = journal::record(&edits.map(entry).collect::<Vec<_>>())
@@ -218,11 +221,12 @@ impl Store {
         }
         (self.journal, self.snapshot) = (journal, text.len() as u64);
         self.length = self.replay(&mut services)?;
-        let mut frontends = HashSet::with_capacity(services.len());
+        let mut claims = Claims::default();
         for service in services.values() {
-            if let Some(twice) = service.frontends().iter().find(|frontend| !frontends.insert(**frontend)) {
-                return Err(damaged(format!("frontend {twice} is in it twice")));
+            if let Some(twice) = claims.rivals(service).next() {
+                return Err(damaged(format!("{} is in it twice", describe_claim(&twice.claim))));
             }
+            claims.insert(service, &());
         }
         Ok(services.into_values().collect())
     }

@@ -7,13 +7,18 @@ use std::{
     net::SocketAddr,
 };
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
     dataplane::{BackendCounters, Desired, Flow, ServiceStats},
     desired::{Claim, Conflict, Done},
-    model::{Algorithm, Frontend, Owner, SnatMode},
+    model::{
+        Affinity, Algorithm, Backend, Conditions, Definition, Frontend, NodePort, Owner, Placement, Publish, SnatMode,
+        TrafficPolicy,
+    },
+    spec::Hints,
 };
 
 pub const API_VERSION: &str = "netlb/v1";
@@ -41,10 +46,38 @@ pub struct ServiceView {
     pub name: String,
     #[schema(value_type = Vec<String>)]
     pub frontends: Vec<Frontend>,
+    #[serde(default)]
+    #[schema(value_type = Vec<String>, example = json!(["192.0.2.10:80/tcp"]))]
+    pub external_ips: Vec<Frontend>,
+    #[serde(default)]
+    #[schema(value_type = Vec<String>, example = json!(["203.0.113.10:80/tcp"]))]
+    pub load_balancer_ips: Vec<Frontend>,
+    #[serde(default)]
+    #[schema(value_type = Vec<String>, example = json!(["30080/tcp"]))]
+    pub node_ports: Vec<NodePort>,
+    #[serde(default)]
+    #[schema(value_type = Vec<String>, example = json!(["8080:80/tcp"]))]
+    pub publish: Vec<Publish>,
+    /// The clients of `loadBalancerIps`; without any, all are
+    #[serde(default)]
+    #[schema(value_type = Vec<String>, example = json!(["198.51.100.0/24"]))]
+    pub source_ranges: Vec<IpNet>,
     #[schema(value_type = String)]
     pub algorithm: Algorithm,
     #[schema(value_type = String)]
     pub snat: SnatMode,
+    /// `none` or `client-ip:SECONDS`
+    #[serde(default)]
+    #[schema(value_type = String, example = "client-ip:10800")]
+    pub affinity: Affinity,
+    /// `cluster` or `local`
+    #[serde(default)]
+    #[schema(value_type = String, example = "cluster")]
+    pub external_traffic_policy: TrafficPolicy,
+    /// `cluster` or `local`
+    #[serde(default)]
+    #[schema(value_type = String, example = "cluster")]
+    pub internal_traffic_policy: TrafficPolicy,
     /// `file` or `api`
     #[schema(value_type = String)]
     pub owner: Owner,
@@ -72,18 +105,71 @@ pub struct BackendView {
     pub weight: u16,
     /// `active`, `draining`, or `removed` while it still has flows
     pub state: String,
+    /// Whether it takes new flows, if it is `active` too
+    #[serde(default = "yes")]
+    pub ready: bool,
+    /// Whether it keeps its datagrams
+    #[serde(default = "yes")]
+    pub serving: bool,
+    #[serde(default)]
+    pub terminating: bool,
+    /// The node it is on
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Whose clients it is meant for; nothing, where it is meant for all
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hints: Option<Hints>,
     /// Flows since the backend was added
     pub flows: u64,
     /// Flows that live now
     pub active_flows: u64,
 }
 
+const fn yes() -> bool {
+    true
+}
+
 impl BackendView {
     pub const REMOVED: &str = "removed";
 
+    fn new(backend: &Backend, counters: BackendCounters) -> Self {
+        let Placement { node, zone, hint_nodes: nodes, hint_zones: zones } =
+            backend.placement.as_deref().cloned().unwrap_or_default();
+        let hints = Hints { nodes, zones };
+        let Conditions { ready, serving, terminating } = backend.conditions;
+        Self {
+            address: backend.address,
+            weight: backend.weight.get(),
+            state: backend.state.to_string(),
+            ready,
+            serving,
+            terminating,
+            node,
+            zone,
+            hints: (hints != Hints::default()).then_some(hints),
+            flows: counters.flows,
+            active_flows: counters.active,
+        }
+    }
+
+    /// One of which there are only flows left.
+    fn removed(address: SocketAddr, counters: BackendCounters) -> Self {
+        let conditions = Conditions { ready: false, serving: false, terminating: true };
+        let backend = Backend { conditions, ..Backend::new(address) };
+        Self { weight: 0, state: Self::REMOVED.to_owned(), ..Self::new(&backend, counters) }
+    }
+
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        self.state == Self::REMOVED
+    }
+
+    /// Whether it takes new flows.
     #[must_use]
     pub fn is_active(&self) -> bool {
-        self.state == "active"
+        self.state == "active" && self.ready
     }
 }
 
@@ -93,31 +179,46 @@ impl ServiceView {
         let Desired { service, owner } = desired;
         let ServiceStats { service: counters, backends: backend_counters } = stats;
         let by_address: HashMap<SocketAddr, BackendCounters> = backend_counters.iter().copied().collect();
-        let view = |address, weight, state: String, counters: BackendCounters| BackendView {
-            address,
-            weight,
-            state,
-            flows: counters.flows,
-            active_flows: counters.active,
-        };
         let mut backends: Vec<_> = service
             .backends()
             .iter()
             .map(|backend| {
                 let counters = by_address.get(&backend.address).copied().unwrap_or_default();
-                view(backend.address, backend.weight.get(), backend.state.to_string(), counters)
+                BackendView::new(backend, counters)
             })
             .collect();
         let known: HashSet<_> = service.backends().iter().map(|backend| backend.address).collect();
         let removed =
             backend_counters.iter().filter(|(address, counters)| !known.contains(address) && counters.active > 0);
-        backends
-            .extend(removed.map(|(address, counters)| view(*address, 0, BackendView::REMOVED.to_owned(), *counters)));
+        backends.extend(removed.map(|(address, counters)| BackendView::removed(*address, *counters)));
+        let Definition {
+            name: _,
+            frontends,
+            external_ips,
+            load_balancer_ips,
+            node_ports,
+            publish,
+            source_ranges,
+            backends: _,
+            algorithm,
+            snat,
+            affinity,
+            external_traffic_policy,
+            internal_traffic_policy,
+        } = service.definition();
         Self {
             name: service.name().to_owned(),
-            frontends: service.frontends().to_vec(),
-            algorithm: service.algorithm(),
-            snat: service.snat(),
+            frontends: frontends.clone(),
+            external_ips: external_ips.clone(),
+            load_balancer_ips: load_balancer_ips.clone(),
+            node_ports: node_ports.clone(),
+            publish: publish.clone(),
+            source_ranges: source_ranges.clone(),
+            algorithm: *algorithm,
+            snat: *snat,
+            affinity: *affinity,
+            external_traffic_policy: *external_traffic_policy,
+            internal_traffic_policy: *internal_traffic_policy,
             owner: *owner,
             flows: counters.flows,
             active_flows: backends.iter().map(|backend| backend.active_flows).sum(),
@@ -139,7 +240,7 @@ impl ServiceView {
     /// Backends that are configured, and not only finishing their flows.
     #[must_use]
     pub fn configured_backends(&self) -> usize {
-        self.backends.iter().filter(|backend| backend.state != BackendView::REMOVED).count()
+        self.backends.iter().filter(|backend| !backend.is_removed()).count()
     }
 }
 

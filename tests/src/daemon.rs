@@ -521,3 +521,38 @@ fn mount_bpffs() -> Result<()> {
     }
     mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>).context("failed to mount bpffs")
 }
+
+#[cfg(test)]
+mod tests {
+    use netlb::config;
+
+    use super::{Backend, Service};
+
+    #[test]
+    fn what_a_service_is_given_is_what_the_daemon_reads() {
+        let service = Service::new("web", "10.96.0.10:80/tcp", ["10.244.0.1:80".parse().unwrap()])
+            .external_ip("192.0.2.1")
+            .lb_ip("203.0.113.1:80/tcp")
+            .source_range("198.51.100.0/24")
+            .node_port(30080)
+            .publish("8080:80")
+            .weighted("10.244.0.2:80".parse().unwrap(), 3)
+            .backend_on("10.244.0.3:80".parse().unwrap(), "here")
+            .backend(Backend::new("10.244.0.4").ready(false).serving(true).terminating(true).draining())
+            .backend(Backend::new("10.244.0.5").zone("z").hint_nodes(&["here"]).hint_zones(&["z"]))
+            .algorithm("random")
+            .snat("always")
+            .affinity("client-ip:60")
+            .external_traffic_policy("local")
+            .internal_traffic_policy("local");
+        let services = config::parse_services("test", &service.to_toml()).unwrap();
+        let definition = services[0].definition();
+        assert_eq!(services[0].claims().count(), 5);
+        assert_eq!(definition.source_ranges.len(), 1);
+        assert_eq!(definition.affinity.to_string(), "client-ip:60");
+        let backends = &definition.backends;
+        assert_eq!((backends[1].weight.get(), backends[2].is_on("here")), (3, true));
+        assert!(!backends[3].conditions.ready && backends[3].conditions.serving);
+        assert_eq!(backends[4].placement.as_ref().unwrap().hint_zones, ["z"]);
+    }
+}

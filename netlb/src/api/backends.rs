@@ -10,13 +10,13 @@ use crate::{
     control::Control,
     desired::{BackendPatch, Change, ChangeError},
     model::Backend,
-    spec::BackendSpec,
+    spec::{BackendAddress, BackendEntry, BackendSpec, SpecError},
     view::{BackendView, ErrorView, List},
 };
 
 /// List a service's backends
 #[utoipa::path(get, path = "/v1/services/{service}/backends", tag = "backends",
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 200, description = "Backends, those included that were removed and still have flows", body = List<BackendView>),
         (status = 404, description = "No such service", body = ErrorView),
@@ -29,8 +29,8 @@ pub(super) async fn list(
 }
 
 /// Add a backend
-#[utoipa::path(post, path = "/v1/services/{service}/backends", tag = "backends", request_body = BackendSpec,
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+#[utoipa::path(post, path = "/v1/services/{service}/backends", tag = "backends", request_body = BackendEntry,
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 201, description = "Programmed and on disk", body = BackendView),
         (status = 400, description = "Not JSON", body = ErrorView),
@@ -44,7 +44,14 @@ pub(super) async fn add(
     ServiceRef(reference): ServiceRef,
     Body(spec): Body<BackendSpec>,
 ) -> Result<(StatusCode, Json<BackendView>), ApiError> {
-    let backend = Backend::from(spec);
+    // Only a spec without a port has to know the service.
+    let port = match spec.address {
+        BackendAddress::Endpoint(_) => None,
+        BackendAddress::Address(_) => control.service(&reference).await?.publish.first().map(|publish| publish.target),
+    };
+    let backend = spec
+        .into_backend(port)
+        .map_err(|backend| SpecError::BackendWithoutPort { service: reference.clone(), backend })?;
     let address = backend.address;
     control.change(Change::AddBackend { reference: reference.clone(), backend }).await?;
     let view = find(&control, BackendRef { reference, address }).await?;
@@ -54,7 +61,7 @@ pub(super) async fn add(
 /// Show a backend
 #[utoipa::path(get, path = "/v1/services/{service}/backends/{backend}", tag = "backends",
     params(
-        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded"),
         ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
     ),
     responses(
@@ -65,10 +72,10 @@ pub(super) async fn show(State(control): State<Control>, backend: BackendRef) ->
     Ok(Json(find(&control, backend).await?))
 }
 
-/// Add a backend or replace its weight and state
+/// Add a backend or replace all that is said of it
 #[utoipa::path(put, path = "/v1/services/{service}/backends/{backend}", tag = "backends", request_body = BackendPatch,
     params(
-        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded"),
         ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
     ),
     responses(
@@ -82,18 +89,18 @@ pub(super) async fn show(State(control): State<Control>, backend: BackendRef) ->
 pub(super) async fn put(
     State(control): State<Control>,
     BackendRef { reference, address }: BackendRef,
-    Body(BackendPatch { weight, state }): Body<BackendPatch>,
+    Body(said): Body<BackendPatch>,
 ) -> Result<Json<BackendView>, ApiError> {
-    let backend =
-        Backend { weight: weight.unwrap_or_default(), state: state.unwrap_or_default(), ..Backend::new(address) };
+    let mut backend = Backend::new(address);
+    said.apply(&mut backend);
     control.change(Change::PutBackend { reference: reference.clone(), backend }).await?;
     Ok(Json(find(&control, BackendRef { reference, address }).await?))
 }
 
-/// Change a backend's weight or state
+/// Change parts of a backend
 #[utoipa::path(patch, path = "/v1/services/{service}/backends/{backend}", tag = "backends", request_body = BackendPatch,
     params(
-        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded"),
         ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
     ),
     responses(
@@ -101,7 +108,7 @@ pub(super) async fn put(
         (status = 400, description = "Not JSON", body = ErrorView),
         (status = 404, description = "No such service or backend", body = ErrorView),
         (status = 409, description = "Another source owns the service", body = ErrorView),
-        (status = 422, description = "Not a weight or state", body = ErrorView),
+        (status = 422, description = "Not a part of a backend", body = ErrorView),
         (status = 503, description = "Could not be programmed or stored", body = ErrorView),
     ))]
 pub(super) async fn patch(
@@ -116,7 +123,7 @@ pub(super) async fn patch(
 /// Remove a backend
 #[utoipa::path(delete, path = "/v1/services/{service}/backends/{backend}", tag = "backends",
     params(
-        ("service" = String, Path, description = "Name or any frontend, URL-encoded"),
+        ("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded"),
         ("backend" = String, Path, description = "ADDRESS:PORT, URL-encoded"),
     ),
     responses(

@@ -10,7 +10,7 @@ use crate::{
     control::ControlError,
     dataplane::ApplyError,
     desired::ChangeError,
-    model::ServiceError,
+    spec::SpecError,
     view::{ErrorBody, ErrorView},
 };
 
@@ -43,8 +43,8 @@ impl ApiError {
     }
 }
 
-impl From<ServiceError> for ApiError {
-    fn from(error: ServiceError) -> Self {
+impl From<SpecError> for ApiError {
+    fn from(error: SpecError) -> Self {
         Self::invalid(error.to_string())
     }
 }
@@ -57,7 +57,9 @@ impl From<ChangeError> for ApiError {
                 (StatusCode::CONFLICT, "conflict")
             }
             ChangeError::Owned { .. } => (StatusCode::CONFLICT, "owned"),
-            ChangeError::Mismatch { .. } | ChangeError::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid"),
+            ChangeError::NameFollows { .. } | ChangeError::Mismatch { .. } | ChangeError::Invalid(_) => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "invalid")
+            }
         };
         Self { status, code, message: error.to_string(), hint: error.hint() }
     }

@@ -42,7 +42,7 @@ pub(super) async fn create(
 
 /// Show a service
 #[utoipa::path(get, path = "/v1/services/{service}", tag = "services",
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 200, description = "The service", body = ServiceView),
         (status = 404, description = "No such service", body = ErrorView),
@@ -56,7 +56,7 @@ pub(super) async fn show(
 
 /// Create a service or replace all of it
 #[utoipa::path(put, path = "/v1/services/{service}", tag = "services", request_body = ServiceSpec,
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 200, description = "Replaced", body = ServiceView),
         (status = 201, description = "Created", body = ServiceView),
@@ -81,7 +81,7 @@ pub(super) async fn put(
 
 /// Change parts of a service
 #[utoipa::path(patch, path = "/v1/services/{service}", tag = "services", request_body = ServicePatch,
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 200, description = "Changed", body = ServiceView),
         (status = 400, description = "Not JSON", body = ErrorView),
@@ -103,7 +103,7 @@ pub(super) async fn patch(
 
 /// Remove a service
 #[utoipa::path(delete, path = "/v1/services/{service}", tag = "services",
-    params(("service" = String, Path, description = "Name or any frontend, URL-encoded")),
+    params(("service" = String, Path, description = "Name, any frontend, or a port of the node (0.0.0.0:30080/tcp), URL-encoded")),
     responses(
         (status = 204, description = "Removed"),
         (status = 404, description = "No such service", body = ErrorView),

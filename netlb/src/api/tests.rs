@@ -46,11 +46,13 @@ fn a_service_is_created_shown_listed_changed_and_removed() {
     let spec = r#"{"name":"web","frontends":["10.96.0.1:80/tcp"],"backends":["10.244.0.1:80","10.244.0.2:80=2"]}"#;
     let (status, created) = call(&daemon, "POST", "/v1/services", spec);
     assert_eq!(status, 201);
-    let backend = |address: &str, weight| json!({"address": address, "weight": weight, "state": "active", "flows": 0, "activeFlows": 0});
+    let backend = |address: &str, weight| json!({"address": address, "weight": weight, "state": "active", "ready": true, "serving": true, "terminating": false, "flows": 0, "activeFlows": 0});
     assert_eq!(
         created,
         json!({
-            "name": "web", "frontends": ["10.96.0.1:80/tcp"], "algorithm": "maglev", "snat": "auto", "owner": "api",
+            "name": "web", "frontends": ["10.96.0.1:80/tcp"], "externalIps": [], "loadBalancerIps": [], "nodePorts": [],
+            "publish": [], "sourceRanges": [], "affinity": "none", "externalTrafficPolicy": "cluster",
+            "internalTrafficPolicy": "cluster", "algorithm": "maglev", "snat": "auto", "owner": "api",
             "backends": [backend("10.244.0.1:80", 1), backend("10.244.0.2:80", 2)],
             "flows": 0, "activeFlows": 0, "packetsIn": 0, "bytesIn": 0, "packetsOut": 0, "bytesOut": 0,
         })
@@ -95,6 +97,69 @@ fn backends_are_added_shown_changed_and_removed() {
     assert_eq!(call(&daemon, "DELETE", one, "").0, 204);
     assert_eq!(refused(&daemon, "GET", one, "").1, "not_found");
     assert_eq!(refused(&daemon, "DELETE", one, "").0, 404);
+}
+
+#[test]
+fn every_way_to_a_service_is_written_shown_and_found() {
+    let daemon = TestDaemon::start(CONFIG);
+    let spec = r#"{"name":"web","frontend":"10.96.0.1:80/tcp","external_ips":["192.0.2.1"],"load_balancer_ips":["203.0.113.1:80/tcp"],
+        "node_ports":[30080],"publish":["192.0.2.7:8080:80"],"source_ranges":["198.51.100.7"],"affinity":"client-ip",
+        "external_traffic_policy":"Local","internal_traffic_policy":"local",
+        "backends":["10.244.0.1",{"address":"10.244.0.2","node":"n","zone":"z","ready":false,"serving":true,"hints":{"zones":["z"]}}]}"#;
+    let (status, created) = call(&daemon, "POST", "/v1/services", spec);
+    assert_eq!(status, 201, "{created}");
+    let parts = json!({
+        "externalIps": ["192.0.2.1:80/tcp"], "loadBalancerIps": ["203.0.113.1:80/tcp"], "nodePorts": ["30080/tcp"],
+        "publish": ["192.0.2.7:8080:80/tcp"], "sourceRanges": ["198.51.100.7/32"], "affinity": "client-ip:10800",
+        "externalTrafficPolicy": "local", "internalTrafficPolicy": "local",
+    });
+    for (key, value) in parts.as_object().unwrap() {
+        assert_eq!(created[key], *value, "{key}");
+    }
+    assert_eq!(
+        created["backends"][1],
+        json!({"address": "10.244.0.2:80", "weight": 1, "state": "active", "ready": false, "serving": true, "terminating": false,
+               "node": "n", "zone": "z", "hints": {"zones": ["z"]}, "flows": 0, "activeFlows": 0})
+    );
+    for claim in ["192.0.2.1:80%2Ftcp", "203.0.113.1:80%2Ftcp", "0.0.0.0:30080%2Ftcp", "192.0.2.7:8080%2Ftcp"] {
+        assert_eq!(call(&daemon, "GET", &format!("/v1/services/{claim}"), "").1["name"], "web", "{claim}");
+    }
+    let (status, code, message) = refused(&daemon, "POST", "/v1/services", r#"{"name":"site","publish":["8080:80"]}"#);
+    assert_eq!((status, code.as_str()), (409, "conflict"));
+    assert_eq!(message, "frontend 192.0.2.7:8080/tcp belongs to service web, declared by the api");
+    let patch =
+        r#"{"node_ports":["30081/udp"],"external_ips":[],"affinity":"none","external_traffic_policy":"cluster"}"#;
+    let (status, patched) = call(&daemon, "PATCH", "/v1/services/0.0.0.0:30080%2Ftcp", patch);
+    assert_eq!((status, &patched["nodePorts"], &patched["externalIps"]), (200, &json!(["30081/udp"]), &json!([])));
+    assert_eq!((&patched["affinity"], &patched["publish"]), (&json!("none"), &json!(["192.0.2.7:8080:80/tcp"])));
+    let port = r#"{"node_port":30090}"#;
+    assert_eq!(call(&daemon, "PUT", "/v1/services/0.0.0.0:30090%2Ftcp", port).1["name"], "0.0.0.0:30090/tcp");
+    assert_eq!(call(&daemon, "DELETE", "/v1/services/0.0.0.0:30090%2Ftcp", "").0, 204);
+}
+
+#[test]
+fn a_backend_has_conditions_and_a_place() {
+    let daemon = TestDaemon::start("");
+    call(&daemon, "POST", "/v1/services", r#"{"name":"web","publish":["8080:80"]}"#);
+    call(&daemon, "POST", "/v1/services", r#"{"name":"other","frontend":"10.96.0.2:80/tcp"}"#);
+    let (status, added) = call(&daemon, "POST", "/v1/services/web/backends", r#"{"address":"10.0.0.1","node":"n"}"#);
+    assert_eq!((status, &added["address"], &added["node"]), (201, &json!("10.0.0.1:80"), &json!("n")));
+    let (status, _, message) = refused(&daemon, "POST", "/v1/services/other/backends", r#""10.0.0.1""#);
+    assert_eq!(status, 422);
+    assert_eq!(message, "service `other` publishes no port that backend 10.0.0.1 could have; write 10.0.0.1:PORT");
+    let path = "/v1/services/web/backends/10.0.0.1:80";
+    let (_, patched) =
+        call(&daemon, "PATCH", path, r#"{"ready":false,"zone":"z","node":null,"hints":{"nodes":["m"]}}"#);
+    assert_eq!((&patched["ready"], &patched["serving"]), (&json!(false), &json!(false)));
+    assert_eq!(
+        (&patched["node"], &patched["zone"], &patched["hints"]),
+        (&Value::Null, &json!("z"), &json!({"nodes": ["m"]}))
+    );
+    let (_, put) = call(&daemon, "PUT", path, r#"{"terminating":true}"#);
+    assert_eq!((&put["ready"], &put["terminating"], &put["zone"]), (&json!(true), &json!(true), &Value::Null));
+    let (status, _, message) = refused(&daemon, "PATCH", path, r#"{"readi":true}"#);
+    assert_eq!(status, 422);
+    assert!(message.contains("unknown field `readi`"), "{message}");
 }
 
 #[test]
@@ -297,6 +362,27 @@ fn the_document_is_openapi_3_1_and_describes_exactly_what_is_served() {
         "PUT /v1/services/{service}/backends/{backend}",
     ];
     assert_eq!(described.iter().map(String::as_str).collect::<Vec<_>>(), expected);
+    let schemas = &document["components"]["schemas"];
+    for (schema, keys) in [
+        (
+            "ServiceSpec",
+            "external_ips load_balancer_ips node_port node_ports publish source_ranges affinity external_traffic_policy",
+        ),
+        (
+            "ServicePatch",
+            "external_ips load_balancer_ips node_ports publish source_ranges affinity internal_traffic_policy",
+        ),
+        ("ServiceView", "externalIps loadBalancerIps nodePorts publish sourceRanges affinity externalTrafficPolicy"),
+        ("BackendSpec", "address ready serving terminating node zone hints"),
+        ("BackendPatch", "ready serving terminating node zone hints"),
+        ("BackendView", "ready serving terminating node zone hints"),
+    ] {
+        for key in keys.split(' ') {
+            assert!(schemas[schema]["properties"].get(key).is_some(), "{schema}.{key}");
+        }
+    }
+    assert_eq!(schemas["ServiceSpec"]["required"], json!(null), "{}", schemas["ServiceSpec"]);
+    assert_eq!(schemas["BackendSpec"]["required"], json!(["address"]));
     // Every schema that is referred to is there.
     let text = document.to_string();
     for reference in text.split("\"#/components/schemas/").skip(1).filter_map(|rest| rest.split('"').next()) {

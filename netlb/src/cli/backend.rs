@@ -5,16 +5,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
-use super::{output::Output, watch};
+use super::{
+    output::Output,
+    service::{OrNone, list},
+    watch,
+};
 use crate::{
     client::{Client, ClientError, encode, service_path},
     config::{format_duration, parse_duration},
-    desired::BackendPatch,
+    desired::{BackendPatch, HintsPatch},
     exit::{ExitCode, Failure},
     model::{BackendState, FrontendError, Weight, WeightError, parse_endpoint},
-    spec::BackendSpec,
+    spec::{BackendAddress, BackendSpec, Hints},
     view::{BackendView, List},
 };
 
@@ -22,7 +26,7 @@ use crate::{
 pub(super) enum Backend {
     /// Add a backend to a service
     Add(Add),
-    /// Change a backend's weight
+    /// Change a backend
     Set(Set),
     /// Give a backend no new flows; those it has go on
     Drain(Drain),
@@ -34,14 +38,14 @@ pub(super) enum Backend {
     /// List a service's backends
     #[command(visible_alias = "ls")]
     List {
-        /// Service: its name or any of its frontends
+        /// Service: its name, any of its frontends, or a port of the node (0.0.0.0:30080/tcp)
         service: String,
     },
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// Service: its name or any of its frontends
+    /// Service: its name, any of its frontends, or a port of the node (0.0.0.0:30080/tcp)
     service: String,
     /// Backend, as ADDRESS:PORT
     #[arg(value_parser = endpoint)]
@@ -50,20 +54,66 @@ pub(super) struct Which {
 
 #[derive(Args, Debug)]
 pub(super) struct Add {
-    #[command(flatten)]
-    which: Which,
+    /// Service: its name, any of its frontends, or a port of the node (0.0.0.0:30080/tcp)
+    service: String,
+    /// Backend, as ADDRESS:PORT; of a service that publishes a port, ADDRESS is enough
+    address: BackendAddress,
     /// Share of new flows, relative to the service's other backends: 1 to 1000
     #[arg(long, default_value = "1", value_parser = weight)]
     weight: Weight,
+    /// Whether it takes new flows, as those say who watch it [default: true]
+    #[arg(long, value_name = "BOOL")]
+    ready: Option<bool>,
+    /// Whether it answers [default: as --ready]
+    #[arg(long, value_name = "BOOL")]
+    serving: Option<bool>,
+    /// Whether it is on its way out [default: false]
+    #[arg(long, value_name = "BOOL")]
+    terminating: Option<bool>,
+    /// Name of the node it is on
+    #[arg(long)]
+    node: Option<String>,
+    /// Name of the zone it is in
+    #[arg(long)]
+    zone: Option<String>,
+    /// Node whose clients it is meant for; may be repeated
+    #[arg(long = "hint-node", value_name = "NODE")]
+    hint_nodes: Vec<String>,
+    /// Zone whose clients it is meant for; may be repeated
+    #[arg(long = "hint-zone", value_name = "ZONE")]
+    hint_zones: Vec<String>,
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("change").multiple(true).required(true),
+          after_help = "`none` takes a node or zone away, and as the only value of an option that may be repeated all of its list.")]
 pub(super) struct Set {
     #[command(flatten)]
     which: Which,
     /// Share of new flows, relative to the service's other backends: 1 to 1000
-    #[arg(long, value_parser = weight)]
-    weight: Weight,
+    #[arg(long, value_parser = weight, group = "change")]
+    weight: Option<Weight>,
+    /// Whether it takes new flows, as those say who watch it; --serving follows, if the two were the same
+    #[arg(long, value_name = "BOOL", group = "change")]
+    ready: Option<bool>,
+    /// Whether it answers
+    #[arg(long, value_name = "BOOL", group = "change")]
+    serving: Option<bool>,
+    /// Whether it is on its way out
+    #[arg(long, value_name = "BOOL", group = "change")]
+    terminating: Option<bool>,
+    /// Name of the node it is on
+    #[arg(long, group = "change")]
+    node: Option<OrNone<String>>,
+    /// Name of the zone it is in
+    #[arg(long, group = "change")]
+    zone: Option<OrNone<String>>,
+    /// The nodes whose clients it is meant for from now on; may be repeated
+    #[arg(long = "hint-node", value_name = "NODE", group = "change")]
+    hint_nodes: Option<Vec<OrNone<String>>>,
+    /// The zones whose clients it is meant for from now on; may be repeated
+    #[arg(long = "hint-zone", value_name = "ZONE", group = "change")]
+    hint_zones: Option<Vec<OrNone<String>>>,
 }
 
 #[derive(Args, Debug)]
@@ -87,18 +137,11 @@ fn weight(text: &str) -> Result<Weight, Box<dyn std::error::Error + Send + Sync>
 impl Backend {
     pub(super) fn run(self, client: &Client, watch: bool, out: &mut Output<'_>) -> anyhow::Result<()> {
         match self {
-            Self::Add(Add { which: Which { service, address }, weight }) => {
-                let spec = BackendSpec { address, weight, state: BackendState::Active };
-                let backend: BackendView = client.post(&backends_path(&service), &spec)?;
-                out.done(&backend, || format!("{service}: backend {address} added (weight {weight})"))
-            }
-            Self::Set(Set { which, weight }) => {
-                let backend = which.patch(client, BackendPatch { weight: Some(weight), state: None })?;
-                out.done(&backend, || format!("{}: backend {} has weight {weight}", which.service, which.address))
-            }
+            Self::Add(add) => add.run(client, out),
+            Self::Set(set) => set.run(client, out),
             Self::Drain(drain) => drain.run(client, out),
             Self::Ready(which) => {
-                let backend = which.patch(client, BackendPatch { weight: None, state: Some(BackendState::Active) })?;
+                let backend = which.patch(client, state(BackendState::Active))?;
                 out.done(&backend, || format!("{}: backend {} takes new flows", which.service, which.address))
             }
             Self::Remove(which) => {
@@ -126,13 +169,54 @@ impl Which {
     }
 }
 
+/// The change to a state.
+fn state(state: BackendState) -> BackendPatch {
+    BackendPatch { state: Some(state), ..BackendPatch::default() }
+}
+
+impl Add {
+    fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
+        let Self { service, address, weight, ready, serving, terminating, node, zone, hint_nodes, hint_zones } = self;
+        let hints = Hints { nodes: hint_nodes, zones: hint_zones };
+        let spec = BackendSpec { weight, ready, serving, terminating, node, zone, hints, ..BackendSpec::new(address) };
+        let backend: BackendView = client.post(&backends_path(&service), &spec)?;
+        out.done(&backend, || format!("{service}: backend {} added (weight {weight})", backend.address))
+    }
+}
+
+impl Set {
+    fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
+        let Self { which, weight, ready, serving, terminating, node, zone, hint_nodes, hint_zones } = self;
+        let name = |given: Option<OrNone<String>>| given.map(OrNone::into_option);
+        let hints = HintsPatch { nodes: list("--hint-node", hint_nodes)?, zones: list("--hint-zone", hint_zones)? };
+        let patch = BackendPatch {
+            weight,
+            state: None,
+            ready,
+            serving,
+            terminating,
+            node: name(node),
+            zone: name(zone),
+            hints: (hints != HintsPatch::default()).then_some(hints),
+        };
+        let only_weight = BackendPatch { weight, ..BackendPatch::default() };
+        let only_weight = weight.filter(|_| patch == only_weight);
+        let backend = which.patch(client, patch)?;
+        let Which { service, address } = which;
+        out.done(&backend, || match only_weight {
+            Some(weight) => format!("{service}: backend {address} has weight {weight}"),
+            None => format!("{service}: backend {address} changed"),
+        })
+    }
+}
+
 impl Drain {
     /// How often the flows are counted.
     const INTERVAL: Duration = Duration::from_millis(250);
 
     fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
         let Self { which, wait } = self;
-        let mut backend = which.patch(client, BackendPatch { weight: None, state: Some(BackendState::Draining) })?;
+        let mut backend = which.patch(client, state(BackendState::Draining))?;
         let Which { service, address } = &which;
         let Some(longest) = wait else {
             return out.done(&backend, || {

@@ -1,13 +1,16 @@
 //! `netlb svc`.
 
-use clap::{Args, Subcommand, ValueEnum};
+use std::str::FromStr;
+
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::{output::Output, watch};
 use crate::{
     client::{Client, service_path},
     desired::ServicePatch,
-    model::{Algorithm, Frontend, SnatMode},
-    spec::{BackendSpec, ServiceSpec},
+    exit::{ExitCode, Failure},
+    model::{Affinity, Algorithm, Frontend, Publish, SnatMode, TrafficPolicy},
+    spec::{AddressSpec, BackendSpec, NodePortSpec, ServiceSpec, SourceRange},
     view::{List, ServiceView},
 };
 
@@ -29,34 +32,61 @@ pub(super) enum Service {
 
 #[derive(Args, Debug)]
 pub(super) struct Reference {
-    /// Service: its name or any of its frontends
+    /// Service: its name, any of its frontends, or a port of the node (0.0.0.0:30080/tcp)
     service: String,
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("way").multiple(true).required(true))]
 pub(super) struct Add {
-    /// Address the service is reached at, as ADDRESS:PORT/PROTOCOL (10.96.0.10:80/tcp, [fd00::10]:53/udp)
-    #[arg(value_name = "VIP")]
-    vip: Frontend,
-    /// Server behind it, as ADDRESS:PORT or ADDRESS:PORT=WEIGHT; may be repeated
+    /// Address the service is reached at, as ADDRESS:PORT/PROTOCOL (10.96.0.10:80/tcp, [fd00::10]:53/udp); not needed where there is
+    /// another way to it
+    #[arg(value_name = "VIP", group = "way")]
+    vip: Option<Frontend>,
+    /// Server behind it, as ADDRESS:PORT or ADDRESS:PORT=WEIGHT; may be repeated. With --publish, the port may be left out
     #[arg(short, long = "backend", value_name = "ADDRESS[=WEIGHT]")]
     backends: Vec<BackendSpec>,
-    /// Name; without one the service is named after its first frontend
+    /// Name; without one the service is named after the first way it is reached by
     #[arg(short, long)]
     name: Option<String>,
     /// One more address the service is reached at; may be repeated
-    #[arg(short, long = "frontend", value_name = "VIP")]
+    #[arg(short, long = "frontend", value_name = "VIP", group = "way")]
     frontends: Vec<Frontend>,
+    /// Address for clients outside the cluster: ADDRESS:PORT/PROTOCOL, or ADDRESS for every port of the VIPs; may be repeated
+    #[arg(long = "external-ip", value_name = "ADDRESS", group = "way")]
+    external_ips: Vec<AddressSpec>,
+    /// Address that a load balancer gave to the service, written like --external-ip; may be repeated
+    #[arg(long = "lb-ip", visible_alias = "load-balancer-ip", value_name = "ADDRESS", group = "way")]
+    load_balancer_ips: Vec<AddressSpec>,
+    /// Network of clients that may use the addresses of --lb-ip, or an address; may be repeated
+    #[arg(long = "source-range", value_name = "NETWORK")]
+    source_ranges: Vec<SourceRange>,
+    /// Port on the node's addresses: PORT/PROTOCOL, or PORT for every protocol of the VIPs (tcp, if there are none); may be repeated
+    #[arg(long = "node-port", value_name = "PORT[/PROTOCOL]", group = "way")]
+    node_ports: Vec<NodePortSpec>,
+    /// Port of the node that leads to the backends' port TARGET; may be repeated
+    #[arg(short, long, value_name = "[ADDRESS:]PORT:TARGET[/PROTOCOL]", group = "way")]
+    publish: Vec<Publish>,
     /// How a backend is chosen for a new flow
     #[arg(short, long, value_enum, default_value_t)]
     algorithm: AlgorithmArg,
     /// Which new flows get an address of the node as their source
     #[arg(long, value_enum, default_value_t)]
     snat: SnatArg,
+    /// How long a client keeps its backend: none, client-ip (three hours) or client-ip:SECONDS
+    #[arg(long, default_value_t)]
+    affinity: Affinity,
+    /// Which backends the clients of all addresses but the VIPs get
+    #[arg(long, value_enum, ignore_case = true, default_value_t, value_name = "POLICY")]
+    external_traffic_policy: PolicyArg,
+    /// Which backends the clients of the VIPs get
+    #[arg(long, value_enum, ignore_case = true, default_value_t, value_name = "POLICY")]
+    internal_traffic_policy: PolicyArg,
 }
 
 #[derive(Args, Debug)]
-#[command(group = clap::ArgGroup::new("change").multiple(true).required(true))]
+#[command(group = ArgGroup::new("change").multiple(true).required(true),
+          after_help = "An option that may be repeated replaces the whole list; `none` as its only value leaves the list empty.")]
 pub(super) struct Set {
     #[command(flatten)]
     reference: Reference,
@@ -65,16 +95,76 @@ pub(super) struct Set {
     name: Option<String>,
     /// The frontends to have from now on; may be repeated
     #[arg(short, long = "frontend", value_name = "VIP", group = "change")]
-    frontends: Option<Vec<Frontend>>,
+    frontends: Option<Vec<OrNone<Frontend>>>,
     /// The backends to have from now on; may be repeated
     #[arg(short, long = "backend", value_name = "ADDRESS[=WEIGHT]", group = "change")]
-    backends: Option<Vec<BackendSpec>>,
+    backends: Option<Vec<OrNone<BackendSpec>>>,
+    /// The external addresses to have from now on; may be repeated
+    #[arg(long = "external-ip", value_name = "ADDRESS", group = "change")]
+    external_ips: Option<Vec<OrNone<AddressSpec>>>,
+    /// The load balancers' addresses to have from now on; may be repeated
+    #[arg(long = "lb-ip", visible_alias = "load-balancer-ip", value_name = "ADDRESS", group = "change")]
+    load_balancer_ips: Option<Vec<OrNone<AddressSpec>>>,
+    /// The networks of clients that may use the addresses of --lb-ip from now on; may be repeated
+    #[arg(long = "source-range", value_name = "NETWORK", group = "change")]
+    source_ranges: Option<Vec<OrNone<SourceRange>>>,
+    /// The node ports to have from now on; may be repeated
+    #[arg(long = "node-port", value_name = "PORT[/PROTOCOL]", group = "change")]
+    node_ports: Option<Vec<OrNone<NodePortSpec>>>,
+    /// The ports to publish from now on; may be repeated
+    #[arg(short, long, value_name = "[ADDRESS:]PORT:TARGET[/PROTOCOL]", group = "change")]
+    publish: Option<Vec<OrNone<Publish>>>,
     /// How a backend is chosen for a new flow
     #[arg(short, long, value_enum, group = "change")]
     algorithm: Option<AlgorithmArg>,
     /// Which new flows get an address of the node as their source
     #[arg(long, value_enum, group = "change")]
     snat: Option<SnatArg>,
+    /// How long a client keeps its backend: none, client-ip (three hours) or client-ip:SECONDS
+    #[arg(long, group = "change")]
+    affinity: Option<Affinity>,
+    /// Which backends the clients of all addresses but the VIPs get
+    #[arg(long, value_enum, ignore_case = true, group = "change", value_name = "POLICY")]
+    external_traffic_policy: Option<PolicyArg>,
+    /// Which backends the clients of the VIPs get
+    #[arg(long, value_enum, ignore_case = true, group = "change", value_name = "POLICY")]
+    internal_traffic_policy: Option<PolicyArg>,
+}
+
+/// An entry of a list, or the word for a list without any.
+#[derive(Clone, Debug)]
+pub(super) enum OrNone<T> {
+    None,
+    Some(T),
+}
+
+impl<T: FromStr> FromStr for OrNone<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, T::Err> {
+        if text == "none" { Ok(Self::None) } else { text.parse().map(Self::Some) }
+    }
+}
+
+impl<T> OrNone<T> {
+    pub(super) fn into_option(self) -> Option<T> {
+        match self {
+            Self::None => None,
+            Self::Some(entry) => Some(entry),
+        }
+    }
+}
+
+/// The list, if one was given.
+pub(super) fn list<T>(option: &str, given: Option<Vec<OrNone<T>>>) -> Result<Option<Vec<T>>, Failure> {
+    let Some(given) = given else { return Ok(None) };
+    let count = given.len();
+    let entries: Vec<T> = given.into_iter().filter_map(OrNone::into_option).collect();
+    if !entries.is_empty() && entries.len() < count {
+        let message = format!("{option} is given `none` and something else");
+        return Err(Failure::new(ExitCode::Usage, message).with_hint("`none` alone leaves the list empty"));
+    }
+    Ok(Some(entries))
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
@@ -116,6 +206,24 @@ impl From<SnatArg> for SnatMode {
     }
 }
 
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum PolicyArg {
+    /// Those of all nodes
+    #[default]
+    Cluster,
+    /// Those on the node that the client's packets come to
+    Local,
+}
+
+impl From<PolicyArg> for TrafficPolicy {
+    fn from(policy: PolicyArg) -> Self {
+        match policy {
+            PolicyArg::Cluster => Self::Cluster,
+            PolicyArg::Local => Self::Local,
+        }
+    }
+}
+
 impl Service {
     pub(super) fn run(self, client: &Client, watch: bool, out: &mut Output<'_>) -> anyhow::Result<()> {
         match self {
@@ -135,10 +243,39 @@ impl Service {
 
 impl Add {
     fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
-        let Self { vip, backends, name, mut frontends, algorithm, snat } = self;
-        frontends.insert(0, vip);
-        let spec =
-            ServiceSpec { name, frontends, frontend: None, backends, algorithm: algorithm.into(), snat: snat.into() };
+        let Self {
+            vip,
+            backends,
+            name,
+            frontends,
+            external_ips,
+            load_balancer_ips,
+            source_ranges,
+            node_ports,
+            publish,
+            algorithm,
+            snat,
+            affinity,
+            external_traffic_policy,
+            internal_traffic_policy,
+        } = self;
+        let spec = ServiceSpec {
+            name,
+            frontends: vip.into_iter().chain(frontends).collect(),
+            frontend: None,
+            external_ips,
+            load_balancer_ips,
+            node_ports,
+            node_port: None,
+            publish,
+            source_ranges,
+            backends,
+            algorithm: algorithm.into(),
+            snat: snat.into(),
+            affinity,
+            external_traffic_policy: external_traffic_policy.into(),
+            internal_traffic_policy: internal_traffic_policy.into(),
+        };
         let service: ServiceView = client.post("/v1/services", &spec)?;
         out.done(&service, || {
             let count = service.backends.len();
@@ -149,13 +286,36 @@ impl Add {
 
 impl Set {
     fn run(self, client: &Client, out: &mut Output<'_>) -> anyhow::Result<()> {
-        let Self { reference: Reference { service }, name, frontends, backends, algorithm, snat } = self;
-        let patch = ServicePatch {
+        let Self {
+            reference: Reference { service },
             name,
             frontends,
             backends,
+            external_ips,
+            load_balancer_ips,
+            source_ranges,
+            node_ports,
+            publish,
+            algorithm,
+            snat,
+            affinity,
+            external_traffic_policy,
+            internal_traffic_policy,
+        } = self;
+        let patch = ServicePatch {
+            name,
+            frontends: list("--frontend", frontends)?,
+            external_ips: list("--external-ip", external_ips)?,
+            load_balancer_ips: list("--lb-ip", load_balancer_ips)?,
+            node_ports: list("--node-port", node_ports)?,
+            publish: list("--publish", publish)?,
+            source_ranges: list("--source-range", source_ranges)?,
+            backends: list("--backend", backends)?,
             algorithm: algorithm.map(Algorithm::from),
             snat: snat.map(SnatMode::from),
+            affinity,
+            external_traffic_policy: external_traffic_policy.map(TrafficPolicy::from),
+            internal_traffic_policy: internal_traffic_policy.map(TrafficPolicy::from),
         };
         let changed: ServiceView = client.patch(&service_path(&service), &patch)?;
         out.done(&changed, || format!("service {} changed", changed.name))

@@ -5,31 +5,89 @@ use std::{fmt::Write as _, time::Duration};
 use super::output::{Style, View, short, table};
 use crate::{
     config::format_duration,
+    model::TrafficPolicy,
+    spec::Hints,
     view::{ApplyResult, BackendView, FlowCount, FlowView, List, ServiceView, StatusView},
 };
 
-fn frontends(service: &ServiceView) -> String {
-    service.frontends.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+fn joined<T: ToString>(list: &[T]) -> String {
+    list.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn backend_row(backend: &BackendView) -> Vec<String> {
-    let weight = if backend.weight == 0 { "-".to_owned() } else { backend.weight.to_string() };
-    vec![
-        backend.address.to_string(),
-        weight,
-        backend.state.clone(),
-        backend.active_flows.to_string(),
-        short(backend.flows),
-    ]
+fn or_dash(text: String) -> String {
+    if text.is_empty() { "-".to_owned() } else { text }
 }
+
+/// Every way a service is reached by: a node port as `:PORT/PROTOCOL`, a published one as it was published.
+fn ways(service: &ServiceView) -> String {
+    let frontends = [&service.frontends, &service.external_ips, &service.load_balancer_ips];
+    let node_ports = service.node_ports.iter().map(|port| format!(":{port}"));
+    let ways = frontends.into_iter().flatten().map(ToString::to_string).chain(node_ports);
+    ways.chain(service.publish.iter().map(ToString::to_string)).collect::<Vec<_>>().join(",")
+}
+
+/// What there is besides frontends and backends, each with its name.
+fn particulars(service: &ServiceView) -> Vec<(&'static str, String)> {
+    let unless_default = |policy: TrafficPolicy| {
+        if policy == TrafficPolicy::default() { String::new() } else { policy.to_string() }
+    };
+    let all = [
+        ("external IPs", joined(&service.external_ips)),
+        ("load balancer IPs", joined(&service.load_balancer_ips)),
+        ("source ranges", joined(&service.source_ranges)),
+        ("node ports", joined(&service.node_ports)),
+        ("published", joined(&service.publish)),
+        ("external traffic", unless_default(service.external_traffic_policy)),
+        ("internal traffic", unless_default(service.internal_traffic_policy)),
+        ("affinity", service.affinity.seconds().map_or_else(String::new, |_| service.affinity.to_string())),
+    ];
+    all.into_iter().filter(|(_, value)| !value.is_empty()).collect()
+}
+
+/// `ready`, `not-ready,serving,terminating`, …: serving where it differs from ready.
+fn conditions(backend: &BackendView) -> String {
+    let BackendView { ready, serving, terminating, .. } = *backend;
+    let mut words = vec![if ready { "ready" } else { "not-ready" }];
+    if serving != ready {
+        words.push(if serving { "serving" } else { "not-serving" });
+    }
+    if terminating {
+        words.push("terminating");
+    }
+    words.join(",")
+}
+
+fn hints(backend: &BackendView) -> String {
+    let Hints { nodes, zones } = backend.hints.clone().unwrap_or_default();
+    let nodes = nodes.into_iter().map(|node| format!("node/{node}"));
+    nodes.chain(zones.into_iter().map(|zone| format!("zone/{zone}"))).collect::<Vec<_>>().join(",")
+}
+
+/// A column that is there only if a backend has something in it: its name, what the others have, and what this one has.
+type Column = (&'static str, &'static str, fn(&BackendView) -> String);
 
 fn backend_table(backends: &[BackendView], style: Style) -> String {
-    table(
-        style,
-        &["BACKEND", "WEIGHT", "STATE", "ACTIVE", "FLOWS"],
-        &["WEIGHT", "ACTIVE", "FLOWS"],
-        backends.iter().map(backend_row).collect(),
-    )
+    const OPTIONAL: [Column; 4] = [
+        ("CONDITIONS", "ready", conditions),
+        ("NODE", "", |backend| backend.node.clone().unwrap_or_default()),
+        ("ZONE", "", |backend| backend.zone.clone().unwrap_or_default()),
+        ("HINTS", "", hints),
+    ];
+    let configured = || backends.iter().filter(|backend| !backend.is_removed());
+    let is_there = |(_, plain, value): &Column| configured().any(|backend| value(backend) != *plain);
+    let optional: Vec<Column> = OPTIONAL.into_iter().filter(is_there).collect();
+    let row = |backend: &BackendView| {
+        let weight = if backend.weight == 0 { "-".to_owned() } else { backend.weight.to_string() };
+        let mut row = vec![backend.address.to_string(), weight, backend.state.clone()];
+        let value = |(_, _, value): &Column| if backend.is_removed() { String::new() } else { value(backend) };
+        row.extend(optional.iter().map(|column| or_dash(value(column))));
+        row.extend([backend.active_flows.to_string(), short(backend.flows)]);
+        row
+    };
+    let mut headers = vec!["BACKEND", "WEIGHT", "STATE"];
+    headers.extend(optional.iter().map(|(name, ..)| *name));
+    headers.extend(["ACTIVE", "FLOWS"]);
+    table(style, &headers, &["WEIGHT", "ACTIVE", "FLOWS"], backends.iter().map(row).collect())
 }
 
 impl View for List<ServiceView> {
@@ -37,13 +95,13 @@ impl View for List<ServiceView> {
         let mut headers = vec!["NAME", "FRONTENDS", "ALGORITHM", "BACKENDS", "FLOWS", "PACKETS", "BYTES", "OWNER"];
         if style.wide {
             headers.splice(5..7, ["TOTAL", "PACKETS-IN", "PACKETS-OUT", "BYTES-IN", "BYTES-OUT"]);
-            headers.insert(3, "SNAT");
+            headers.splice(3..3, ["SNAT", "AFFINITY", "EXTERNAL", "INTERNAL"]);
             headers.push("PROBLEM");
         }
         let row = |service: &ServiceView| {
             let mut row = vec![
                 service.name.clone(),
-                frontends(service),
+                ways(service),
                 service.algorithm.to_string(),
                 format!("{}/{}", service.active_backends(), service.configured_backends()),
                 service.active_flows.to_string(),
@@ -52,7 +110,14 @@ impl View for List<ServiceView> {
                 let counters =
                     [service.flows, service.packets_in, service.packets_out, service.bytes_in, service.bytes_out];
                 row.extend(counters.map(short));
-                row.insert(3, service.snat.to_string());
+                let ServiceView { snat, affinity, external_traffic_policy, internal_traffic_policy, .. } = service;
+                let words = [
+                    snat.to_string(),
+                    affinity.to_string(),
+                    external_traffic_policy.to_string(),
+                    internal_traffic_policy.to_string(),
+                ];
+                row.splice(3..3, words);
             } else {
                 row.push(short(service.packets_in + service.packets_out));
                 row.push(short(service.bytes_in + service.bytes_out));
@@ -74,7 +139,7 @@ impl View for List<ServiceView> {
 }
 
 impl View for ServiceView {
-    /// Two levels: the service, and its backends below it.
+    /// Two levels: the service, and below it what else it has, and its backends.
     fn text(&self, style: Style) -> String {
         let mut text = String::new();
         let Self { name, algorithm, snat, owner, active_flows, flows, .. } = self;
@@ -82,12 +147,15 @@ impl View for ServiceView {
         let _ = writeln!(
             text,
             "{name}  {}  {algorithm}  snat {snat}  owner {owner}  {active_flows} flows of {flows}  in {} packets {} bytes  out {} packets {} bytes",
-            frontends(self),
+            or_dash(joined(&self.frontends)),
             short(self.packets_in),
             short(self.bytes_in),
             short(self.packets_out),
             short(self.bytes_out),
         );
+        for (name, value) in particulars(self) {
+            let _ = writeln!(text, "  {name}: {value}");
+        }
         if let Some(problem) = &self.problem {
             let _ = writeln!(text, "  out of sync: {problem}");
         }

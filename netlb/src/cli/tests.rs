@@ -86,10 +86,14 @@ fn how_clients_get_an_address_of_the_node_is_chosen_and_shown() {
     ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80 --snat always");
     assert!(ok(&daemon, "svc show web").contains("  maglev  snat always  owner api  "));
     let wide = ok(&daemon, "svc list -o wide");
-    let columns: Vec<Vec<_>> = wide.lines().map(|line| line.split_whitespace().skip(2).take(3).collect()).collect();
+    let columns: Vec<Vec<_>> = wide.lines().map(|line| line.split_whitespace().skip(2).take(6).collect()).collect();
     assert_eq!(
         columns,
-        [["ALGORITHM", "SNAT", "BACKENDS"], ["maglev", "auto", "1/1"], ["maglev", "always", "1/1"]],
+        [
+            ["ALGORITHM", "SNAT", "AFFINITY", "EXTERNAL", "INTERNAL", "BACKENDS"],
+            ["maglev", "auto", "none", "cluster", "cluster", "1/1"],
+            ["maglev", "always", "none", "cluster", "cluster", "1/1"]
+        ],
         "{wide}"
     );
     ok(&daemon, "backend add web 10.244.0.2:80");
@@ -107,6 +111,103 @@ fn how_clients_get_an_address_of_the_node_is_chosen_and_shown() {
     assert_eq!(serde_json::from_str::<Value>(&shown("json")).unwrap()["snat"], "always");
     std::fs::write(&file, text.replace("always", "auto")).unwrap();
     assert!(ok(&daemon, &apply).starts_with("service web updated\n"), "for this alone");
+}
+
+#[test]
+fn every_way_to_a_service_is_added_shown_changed_and_emptied() {
+    let daemon = TestDaemon::start("");
+    let added = ok(
+        &daemon,
+        "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80 --external-ip 192.0.2.1 --external-ip 192.0.2.2:8080/tcp \
+         --lb-ip 203.0.113.1 --source-range 198.51.100.0/24 --source-range 198.51.101.7 --node-port 30080 --node-port 30081/udp \
+         -p 192.0.2.3:8080:80 --publish 8081:80/udp --external-traffic-policy Local --internal-traffic-policy local \
+         --affinity client-ip:60",
+    );
+    assert_eq!(added, "service web created (1 backend)\n");
+    let shown = "\
+web  10.96.0.1:80/tcp  maglev  snat auto  owner api  0 flows of 0  in 0 packets 0 bytes  out 0 packets 0 bytes
+  external IPs: 192.0.2.1:80/tcp,192.0.2.2:8080/tcp
+  load balancer IPs: 203.0.113.1:80/tcp
+  source ranges: 198.51.100.0/24,198.51.101.7/32
+  node ports: 30080/tcp,30081/udp
+  published: 192.0.2.3:8080:80/tcp,8081:80/udp
+  external traffic: local
+  internal traffic: local
+  affinity: client-ip:60
+  BACKEND        WEIGHT  STATE   ACTIVE  FLOWS
+  10.244.0.1:80       1  active       0      0
+";
+    for reference in ["web", "0.0.0.0:30080/tcp", "0.0.0.0:8081/udp", "192.0.2.3:8080/tcp", "203.0.113.1:80/tcp"] {
+        assert_eq!(ok(&daemon, &format!("svc show {reference}")), shown, "{reference}");
+    }
+    let listed = ok(&daemon, "svc list -o wide");
+    let ways = "10.96.0.1:80/tcp,192.0.2.1:80/tcp,192.0.2.2:8080/tcp,203.0.113.1:80/tcp,:30080/tcp,:30081/udp,\
+                192.0.2.3:8080:80/tcp,8081:80/udp";
+    assert!(listed.contains(&format!("web   {ways}  maglev     auto  client-ip:60  local     local")), "{listed}");
+    let all = "svc set web --external-ip none --lb-ip none --source-range none --node-port none -p none --affinity none \
+               --external-traffic-policy cluster --internal-traffic-policy cluster --backend none";
+    assert_eq!(ok(&daemon, all), "service web changed\n");
+    let plain = ok(&daemon, "svc show web");
+    assert_eq!(plain.lines().skip(1).collect::<Vec<_>>(), ["  no backends"], "{plain}");
+    assert_eq!(ok(&daemon, "svc set web --node-port 30082 --frontend none"), "service web changed\n");
+    assert!(ok(&daemon, "svc show web").contains("web  -  maglev"));
+    assert!(ok(&daemon, "svc list").contains("web   :30082/tcp  maglev"));
+}
+
+#[test]
+fn a_service_needs_some_way_to_it_and_not_a_vip() {
+    let daemon = TestDaemon::start("");
+    for (line, name) in [
+        ("--node-port 30080", "0.0.0.0:30080/tcp"),
+        ("-p 8080:80 -b 10.0.0.1", "0.0.0.0:8080/tcp"),
+        ("-p [2001:db8::1]:8080:80 -b fd00::1=2", "[2001:db8::1]:8080/tcp"),
+        ("--external-ip 192.0.2.1:80/tcp", "192.0.2.1:80/tcp"),
+        ("--load-balancer-ip 203.0.113.1:80/tcp", "203.0.113.1:80/tcp"),
+        ("--frontend 10.96.0.1:80/tcp", "10.96.0.1:80/tcp"),
+    ] {
+        assert_eq!(ok(&daemon, &format!("svc add {line} -o name")), format!("{name}\n"), "{line}");
+        assert!(ok(&daemon, &format!("svc show {name}")).starts_with(name), "{line}");
+    }
+    assert_eq!(
+        ok(&daemon, "backend add 0.0.0.0:8080/tcp 10.0.0.2 --weight 3"),
+        "0.0.0.0:8080/tcp: backend 10.0.0.2:80 added (weight 3)\n"
+    );
+    let Ran { exit, err, .. } = netlb(&daemon, "svc add --backend 10.0.0.1:80");
+    assert_eq!(exit, ExitCode::Usage);
+    for way in ["VIP", "--node-port", "--publish", "--external-ip", "--lb-ip"] {
+        assert!(err.contains(way), "{err}");
+    }
+}
+
+#[test]
+fn backends_show_conditions_and_places_where_there_are_any() {
+    let daemon = TestDaemon::start("");
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.0.0.1:80");
+    ok(&daemon, "backend add web 10.0.0.2:80 --node a --zone east --hint-zone east --hint-zone west --hint-node a");
+    ok(&daemon, "backend add web 10.0.0.3:80 --ready false --serving true --terminating true");
+    assert_eq!(
+        ok(&daemon, "backend list web"),
+        "\
+BACKEND      WEIGHT  STATE   CONDITIONS                     NODE  ZONE  HINTS                      ACTIVE  FLOWS
+10.0.0.1:80       1  active  ready                          -     -     -                               0      0
+10.0.0.2:80       1  active  ready                          a     east  node/a,zone/east,zone/west       0      0
+10.0.0.3:80       1  active  not-ready,serving,terminating  -     -     -                               0      0
+"
+        .replace("HINTS                      ACTIVE", "HINTS                       ACTIVE")
+        .replace("     -     -                               0", "     -     -                                0")
+    );
+    assert!(ok(&daemon, "svc list").contains(" 2/3 "));
+    let changed = "backend set web 10.0.0.2:80 --weight 2 --ready false --node none --hint-node none --hint-zone none";
+    assert_eq!(ok(&daemon, changed), "web: backend 10.0.0.2:80 changed\n");
+    ok(&daemon, "backend rm web 10.0.0.3:80");
+    assert_eq!(
+        ok(&daemon, "backend list web --no-headers"),
+        "10.0.0.1:80  1  active  ready      -     0  0\n10.0.0.2:80  2  active  not-ready  east  0  0\n"
+    );
+    let json: Value = serde_json::from_str(&ok(&daemon, "backend list web -o json")).unwrap();
+    assert_eq!(json["items"][1]["serving"], false);
+    ok(&daemon, "backend set web 10.0.0.2:80 --ready true --zone none");
+    assert!(ok(&daemon, "backend list web").starts_with("BACKEND      WEIGHT  STATE   ACTIVE  FLOWS\n"));
 }
 
 #[test]
@@ -231,6 +332,7 @@ fn a_file_is_applied_in_one_transaction() {
 fn every_kind_of_failure_has_its_exit_code_and_hint() {
     let daemon = TestDaemon::start(CONFIG);
     ok(&daemon, "svc add 10.96.0.1:80/tcp --name web");
+    ok(&daemon, "svc add --node-port 30080 --name holder");
     daemon.dataplane.fill_up("full");
     for (line, exit, message, hint) in [
         ("svc show wbe", ExitCode::NotFound, "service wbe not found", "nearest is web; `netlb svc list` shows all"),
@@ -257,6 +359,34 @@ fn every_kind_of_failure_has_its_exit_code_and_hint() {
         ("backend set web 10.0.0.1:80 --weight 1", ExitCode::NotFound, "service web has no backend 10.0.0.1:80", ""),
         ("svc set web", ExitCode::Usage, "required", ""),
         ("svc set web --snat sometimes", ExitCode::Usage, "invalid value 'sometimes' for '--snat <SNAT>'", ""),
+        (
+            "svc set web --node-port none --node-port 1",
+            ExitCode::Usage,
+            "--node-port is given `none` and",
+            "`none` alone",
+        ),
+        ("svc add 10.96.0.2:80/tcp --node-port 0", ExitCode::Usage, "`0` is not PORT or PORT/PROTOCOL", ""),
+        ("svc add -p 8080", ExitCode::Usage, "`8080` is not [ADDRESS:]PORT:TARGET[/PROTOCOL]", ""),
+        ("svc add -p 8080:80 -b 10.0.0.1:81", ExitCode::Failed, "but backend 10.0.0.1:81 has another", ""),
+        ("svc add 10.96.0.2:80/tcp -b 10.0.0.1", ExitCode::Failed, "write 10.0.0.1:PORT", ""),
+        ("svc add --node-port 1 --lb-ip 192.0.2.1", ExitCode::Failed, "write 192.0.2.1:PORT/PROTOCOL", ""),
+        (
+            "svc set web --source-range 10.0.0.0/8",
+            ExitCode::Failed,
+            "has source ranges and no load-balancer address",
+            "",
+        ),
+        ("svc set web --source-range 10.0.0.1/8", ExitCode::Usage, "write 10.0.0.0/8 for the network", ""),
+        ("svc set web --affinity cookie", ExitCode::Usage, "affinity `cookie` is not none, client-ip", ""),
+        ("svc set web --external-traffic-policy far", ExitCode::Usage, "possible values: cluster, local", ""),
+        (
+            "svc set web --node-port 30080/tcp",
+            ExitCode::Conflict,
+            "port 30080/tcp on the node's IPv4 addresses belongs to",
+            "see `netlb svc show holder`",
+        ),
+        ("backend set web 10.0.0.1:80", ExitCode::Usage, "required", ""),
+        ("backend set web 10.0.0.1:80 --ready maybe", ExitCode::Usage, "invalid value 'maybe'", ""),
         ("flows count --service nobody", ExitCode::NotFound, "service nobody not found", "`netlb svc list` shows all"),
         ("apply -f /none.toml", ExitCode::Failed, "cannot read /none.toml: No such file", ""),
         ("nonsense", ExitCode::Usage, "unrecognized subcommand", ""),
@@ -266,7 +396,7 @@ fn every_kind_of_failure_has_its_exit_code_and_hint() {
         assert!(ran.err.starts_with("error: ") && ran.err.contains(message), "{line}: {}", ran.err);
         assert!(hint.is_empty() || ran.err.contains(&format!("\nhint: {hint}")), "{line}: {}", ran.err);
     }
-    assert_eq!(daemon.dataplane.names(), ["file", "web"]);
+    assert_eq!(daemon.dataplane.names(), ["file", "holder", "web"]);
 }
 
 #[test]

@@ -83,7 +83,7 @@ fn an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one() {
     assert_eq!(
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackend = [\"10.244.1.2:8080\"]\n"),
         "\
-netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `backends`, `algorithm`, `snat`
+netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
   |
 3 | backend = [\"10.244.1.2:8080\"]
   | ^^^^^^^
@@ -164,7 +164,7 @@ fn two_services_with_one_frontend_or_name_are_refused_with_both_lines() {
         "[[service]]\nname = \"a\"\nfrontend = \"10.96.0.10:80/tcp\"\n[[service]]\nname = \"b\"\nfrontend = \"10.96.0.10:80/tcp\"\n",
     );
     assert!(
-        error.starts_with("netlb.toml:4:1: frontend 10.96.0.10:80/tcp is already used by the [[service]] on line 1"),
+        error.starts_with("netlb.toml:4:1: frontend 10.96.0.10:80/tcp of service `b` is already used by `a`, the [[service]] on line 1"),
         "{error}"
     );
     let error = refused(
@@ -174,6 +174,111 @@ fn two_services_with_one_frontend_or_name_are_refused_with_both_lines() {
         error.starts_with("netlb.toml:5:1: service name `a` is already used by the [[service]] on line 1"),
         "{error}"
     );
+}
+
+#[test]
+fn a_port_of_the_node_belongs_to_one_service() {
+    let file = |one: &str, two: &str| {
+        format!("[[service]]\nname = \"a\"\n{one}\n[[service]]\nname = \"b\"\nbackends = [\"10.0.0.1:80\"]\n{two}\n")
+    };
+    let wide = "publish = [\"8080:80\"]";
+    let narrow = "publish = [\"192.0.2.1:8080:80\"]";
+    let port = "node_port = 8080";
+    for (one, two, what) in [
+        (port, port, "port 8080/tcp on the node's IPv4 addresses"),
+        (wide, port, "port 8080/tcp on the node's IPv4 addresses"),
+        (wide, narrow, "frontend 192.0.2.1:8080/tcp"),
+        (narrow, wide, "port 8080/tcp on the node's IPv4 addresses"),
+        (narrow, port, "port 8080/tcp on the node's IPv4 addresses"),
+        (narrow, narrow, "frontend 192.0.2.1:8080/tcp"),
+        ("external_ips = [\"192.0.2.1:8080/tcp\"]", narrow, "frontend 192.0.2.1:8080/tcp"),
+    ] {
+        let error = refused(&file(one, two));
+        let expected =
+            format!("netlb.toml:4:1: {what} of service `b` is already used by `a`, the [[service]] on line 1");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    for other in ["node_port = \"8080/udp\"", "publish = [\"192.0.2.2:8080:80\"]", "frontend = \"10.96.0.1:8080/tcp\""]
+    {
+        assert_eq!(parse(&file(narrow, other)).services.len(), 2, "{other}");
+    }
+}
+
+#[test]
+fn the_example_file_is_read() {
+    let services = parse_services("services.toml", include_str!("../../../docs/services.toml")).unwrap();
+    let names: Vec<_> = services.iter().map(Service::name).collect();
+    assert_eq!(names, ["default/web", "site", "dns", "[fd00:96::10]:80/tcp"]);
+    let claims: Vec<_> = services.iter().map(|service| service.claims().count()).collect();
+    assert_eq!(claims, [7, 2, 4, 1]);
+}
+
+#[test]
+fn a_service_has_everything_that_is_written() {
+    let config = parse(
+        r#"
+[[service]]
+name = "default/web"
+frontends = ["10.96.0.10:80/tcp", "10.96.0.10:443/tcp"]
+external_ips = ["192.0.2.10"]
+load_balancer_ips = ["203.0.113.10:80/tcp"]
+source_ranges = ["198.51.100.0/24", "198.51.101.7"]
+node_ports = [30080, "30443/tcp"]
+affinity = "client-ip:600"
+external_traffic_policy = "local"
+internal_traffic_policy = "Cluster"
+backends = [
+    { address = "10.244.1.2:8080", node = "a", zone = "east", hints = { zones = ["east"] } },
+    { address = "10.244.2.7:8080", node = "b", ready = false, serving = true, terminating = true, hints.nodes = ["b"] },
+]
+
+[[service]]
+name = "site"
+publish = ["8080:80", "192.0.2.1:8443:80"]
+backends = ["10.244.1.3"]
+"#,
+    );
+    let [web, site] = &config.services[..] else { panic!("{:?}", config.services) };
+    let claims: Vec<_> = web.claims().map(|claim| claim.to_string()).collect();
+    let expected = [
+        "10.96.0.10:80/tcp",
+        "10.96.0.10:443/tcp",
+        "192.0.2.10:80/tcp",
+        "192.0.2.10:443/tcp",
+        "203.0.113.10:80/tcp",
+        "0.0.0.0:30080/tcp",
+        "0.0.0.0:30443/tcp",
+    ];
+    assert_eq!(claims, expected);
+    assert_eq!(
+        web.definition().source_ranges,
+        ["198.51.100.0/24".parse().unwrap(), "198.51.101.7/32".parse().unwrap()]
+    );
+    let [one, two] = web.backends() else { panic!() };
+    assert!(one.is_on("a") && one.is_ready() && two.is_on("b") && two.is_last_resort());
+    assert_eq!(two.placement.as_ref().unwrap().hint_nodes, ["b"]);
+    assert_eq!(site.backends()[0].address, "10.244.1.3:80".parse().unwrap());
+}
+
+#[test]
+fn a_wrong_part_of_a_service_is_shown_with_its_place() {
+    for (key, place) in [
+        ("node_ports = [30080, 70000]", "5:22: `70000` is not PORT"),
+        ("publish = [\"80\"]", "5:12: `80` is not [ADDRESS:]PORT:TARGET"),
+        ("source_ranges = [\"10.0.0.1/8\"]", "5:18: `10.0.0.1/8` is an address within a network"),
+        ("external_ips = [\"10.0.0\"]", "5:17: `10.0.0` is not ADDRESS or"),
+        ("external_traffic_policy = \"far\"", "5:27: `far` is not a traffic policy"),
+        ("affinity = \"cookie\"", "5:12: affinity `cookie` is not"),
+        ("nodeport = 1", "5:1: unknown field `nodeport`"),
+    ] {
+        let error = refused(&format!("# 1\n# 2\n[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\n{key}\n"));
+        assert!(error.starts_with(&format!("netlb.toml:{place}")), "{error}");
+    }
+    let error = refused(
+        "[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackends = [{ address = \"10.0.0.1:1\", hints = { zone = [] } }]\n",
+    );
+    assert!(error.contains("unknown field `zone`, expected `nodes` or `zones`"), "{error}");
+    assert!(error.contains("netlb.toml:3:") && error.contains("did you mean `zones`?"), "{error}");
 }
 
 #[test]
@@ -213,24 +318,133 @@ fn ten_thousand_services_are_read_in_good_time() {
     assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
 }
 
-proptest::proptest! {
-    #[test]
-    fn services_survive_being_written_and_read(
-        name in "[a-z][a-z0-9/_.-]{0,20}",
-        backends in proptest::collection::btree_map(1_u16.., 1_u64..=1000, 0..20),
-        draining in proptest::bool::ANY,
-    ) {
-        use crate::{model::{Backend, Weight}, spec::ServiceSpec};
-        let backends = backends.iter().map(|(port, weight)| Backend {
-            weight: Weight::new(*weight).unwrap(),
-            state: if draining { BackendState::Draining } else { BackendState::Active },
-            ..Backend::new(([10, 0, 0, 1], *port).into())
-        });
-        let service =
-            Service::new(Some(name), vec!["10.96.0.1:80/tcp".parse().unwrap()], backends.collect(), Algorithm::Random).unwrap();
-        #[derive(serde::Serialize)]
-        struct File { service: Vec<ServiceSpec> }
-        let text = toml::to_string(&File { service: vec![ServiceSpec::from(&service)] }).unwrap();
-        proptest::prop_assert_eq!(parse(&text).services, vec![service]);
+mod written_and_read {
+    use std::sync::Arc;
+
+    use proptest::{collection::vec, option, prelude::*};
+
+    use super::parse;
+    use crate::{
+        model::{
+            Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, NodePort, Placement,
+            Protocol, Publish, Service, SnatMode, TrafficPolicy, Weight,
+        },
+        spec::ServiceSpec,
+    };
+
+    fn any_policy() -> impl Strategy<Value = TrafficPolicy> {
+        prop_oneof![Just(TrafficPolicy::Cluster), Just(TrafficPolicy::Local)]
+    }
+
+    fn any_affinity() -> impl Strategy<Value = Affinity> {
+        prop_oneof![Just(Affinity::NONE), (1..=86_400_u32).prop_map(|s| format!("client-ip:{s}").parse().unwrap())]
+    }
+
+    fn any_snat() -> impl Strategy<Value = SnatMode> {
+        prop_oneof![Just(SnatMode::Auto), Just(SnatMode::Always), Just(SnatMode::Never)]
+    }
+
+    fn any_protocol() -> impl Strategy<Value = Protocol> {
+        prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)]
+    }
+
+    /// Addresses of one network, each at most once.
+    fn any_frontends(network: u8) -> impl Strategy<Value = Vec<Frontend>> {
+        proptest::collection::btree_set((any::<u8>(), 1_u16.., any_protocol()), 0..4).prop_map(move |set| {
+            let frontend =
+                |(host, port, protocol)| Frontend { address: ([192, 0, network, host], port).into(), protocol };
+            set.into_iter().map(frontend).collect()
+        })
+    }
+
+    fn any_placement() -> impl Strategy<Value = Option<Arc<Placement>>> {
+        let name = || "[a-z]{1,8}";
+        let placement = (option::of(name()), option::of(name()), vec(name(), 0..3), vec(name(), 0..3));
+        placement.prop_map(|(node, zone, hint_nodes, hint_zones)| {
+            let placement = Placement { node, zone, hint_nodes, hint_zones };
+            (placement != Placement::default()).then(|| Arc::new(placement))
+        })
+    }
+
+    fn any_backends() -> impl Strategy<Value = Vec<Backend>> {
+        let backend = (1_u64..=1000, any::<[bool; 4]>(), any_placement());
+        vec(backend, 0..8).prop_map(|backends| {
+            type Said = (u64, [bool; 4], Option<Arc<Placement>>);
+            let backend = |(host, (weight, [draining, ready, serving, terminating], placement)): (u8, Said)| Backend {
+                address: ([10, 0, 0, host], 80).into(),
+                weight: Weight::new(weight).unwrap(),
+                state: if draining { BackendState::Draining } else { BackendState::Active },
+                conditions: Conditions { ready, serving, terminating },
+                placement,
+            };
+            (1..).zip(backends).map(backend).collect()
+        })
+    }
+
+    fn any_ports() -> impl Strategy<Value = (Vec<NodePort>, Vec<Publish>)> {
+        let ports = proptest::collection::btree_map((any::<std::num::NonZeroU16>(), any_protocol()), 0..3_u8, 0..5);
+        ports.prop_map(|ports| {
+            let (mut node_ports, mut publish) = (vec![], vec![]);
+            for ((port, protocol), kind) in ports {
+                let port = NodePort { port, protocol };
+                let published = |address| Publish { address, port, target: 80.try_into().unwrap() };
+                match kind {
+                    0 => node_ports.push(port),
+                    1 => publish.push(published(None)),
+                    _ => publish.push(published(Some([192, 0, 4, 1].into()))),
+                }
+            }
+            (node_ports, publish)
+        })
+    }
+
+    fn any_service() -> impl Strategy<Value = Service> {
+        let ways = (any_frontends(1), any_frontends(2), any_frontends(3), any_ports());
+        let how = (any_snat(), any_affinity(), any_policy(), any_policy());
+        let ranges = vec((any::<[u8; 4]>(), 0..=32_u8), 0..3);
+        (option::of("[a-z][a-z0-9/_.-]{0,20}"), ways, ranges, any_backends(), how).prop_filter_map(
+            "is reached somewhere",
+            |(name, (frontends, external_ips, load_balancer_ips, (node_ports, publish)), ranges, backends, how)| {
+                let range =
+                    |(address, length): ([u8; 4], u8)| ipnet::IpNet::new(address.into(), length).unwrap().trunc();
+                let (snat, affinity, external_traffic_policy, internal_traffic_policy) = how;
+                let source_ranges =
+                    if load_balancer_ips.is_empty() { vec![] } else { ranges.into_iter().map(range).collect() };
+                let algorithm = Algorithm::Random;
+                Service::define(Definition {
+                    name,
+                    frontends,
+                    external_ips,
+                    load_balancer_ips,
+                    node_ports,
+                    publish,
+                    source_ranges,
+                    backends,
+                    algorithm,
+                    snat,
+                    affinity,
+                    external_traffic_policy,
+                    internal_traffic_policy,
+                })
+                .ok()
+            },
+        )
+    }
+
+    #[derive(serde::Serialize)]
+    struct File {
+        service: Vec<ServiceSpec>,
+    }
+
+    proptest! {
+        #[test]
+        fn services_survive_being_written_and_read(service in any_service()) {
+            let spec = ServiceSpec::from(&service);
+            let json = serde_json::to_string(&spec).unwrap();
+            let read: ServiceSpec = serde_json::from_str(&json).unwrap();
+            prop_assert_eq!(&read.into_service().unwrap(), &service);
+            let text = toml::to_string(&File { service: vec![spec] }).unwrap();
+            prop_assert_eq!(parse(&text).services, vec![service]);
+        }
     }
 }

@@ -54,7 +54,7 @@ pub struct Worker {
 
 /// A change that waits for its answer.
 struct Waiting {
-    change: Change,
+    change: Box<Change>,
     reply: oneshot::Sender<Result<Done, ControlError>>,
 }
 

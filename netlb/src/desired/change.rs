@@ -2,14 +2,20 @@
 
 use std::{collections::HashSet, net::SocketAddr, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::DesiredState;
 use crate::{
-    model::{Algorithm, Backend, BackendState, Frontend, Owner, Service, ServiceError, SnatMode, Weight},
+    model::{
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Owner, Publish, Service,
+        ServiceError, SnatMode, TrafficPolicy, Weight, describe_claim, parse_claim,
+    },
     nearest::nearest,
-    spec::{BackendSpec, ServiceSpec},
+    spec::{
+        AddressSpec, BackendEntry, BackendSpec, NodePortSpec, ServiceSpec, SourceRange, SpecError, addresses, placed,
+        ports, servers,
+    },
 };
 
 /// Something the API asks for. A `reference` is a service's name or any of its frontends.
@@ -32,7 +38,7 @@ pub enum Change {
         reference: String,
         backend: Backend,
     },
-    /// Adds the backend or replaces its weight and state.
+    /// Adds the backend or replaces all that is said of it.
     PutBackend {
         reference: String,
         backend: Backend,
@@ -53,7 +59,7 @@ pub enum Change {
     },
 }
 
-/// The parts of a service to replace.
+/// The parts of a service to replace. An empty list leaves none of its kind.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServicePatch {
@@ -63,8 +69,28 @@ pub struct ServicePatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<String>>)]
     pub frontends: Option<Vec<Frontend>>,
+    /// Replaces all external addresses: ADDRESS:PORT/PROTOCOL, or ADDRESS for every port of the frontends there are then
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub external_ips: Option<Vec<AddressSpec>>,
+    /// Replaces all addresses of load balancers, written like `external_ips`
+    #[serde(skip_serializing_if = "Option::is_none", alias = "lb_ips")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub load_balancer_ips: Option<Vec<AddressSpec>>,
+    /// Replaces all node ports
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_ports: Option<Vec<NodePortSpec>>,
+    /// Replaces all published ports
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub publish: Option<Vec<Publish>>,
+    /// Replaces all source ranges
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub source_ranges: Option<Vec<SourceRange>>,
     /// Replaces all backends
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<BackendEntry>>)]
     pub backends: Option<Vec<BackendSpec>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -72,10 +98,22 @@ pub struct ServicePatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub snat: Option<SnatMode>,
+    /// `none`, `client-ip` or `client-ip:SECONDS`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub affinity: Option<Affinity>,
+    /// `cluster` or `local`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub external_traffic_policy: Option<TrafficPolicy>,
+    /// `cluster` or `local`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub internal_traffic_policy: Option<TrafficPolicy>,
 }
 
 /// The parts of a backend to replace.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BackendPatch {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -85,6 +123,62 @@ pub struct BackendPatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub state: Option<BackendState>,
+    /// A backend whose `serving` was as its `ready` stays so, if that is not given as well
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serving: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub terminating: Option<bool>,
+    /// Name of the node it is on; `null` for none
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "given")]
+    #[schema(value_type = Option<String>)]
+    pub node: Option<Option<String>>,
+    /// `null` for none
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "given")]
+    #[schema(value_type = Option<String>)]
+    pub zone: Option<Option<String>>,
+    /// Replaces the nodes and zones whose clients it is meant for
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hints: Option<HintsPatch>,
+}
+
+/// Those of a backend's hints to replace.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HintsPatch {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<String>>,
+}
+
+/// Reads what is there, `null` included.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+impl BackendPatch {
+    /// Changes a backend.
+    pub fn apply(self, backend: &mut Backend) {
+        let Self { weight, state, ready, serving, terminating, node, zone, hints } = self;
+        replace(&mut backend.weight, weight);
+        replace(&mut backend.state, state);
+        let was = backend.conditions;
+        let follows = was.serving == was.ready && ready.is_some();
+        backend.conditions = Conditions::new(
+            ready.or(Some(was.ready)),
+            serving.or((!follows).then_some(was.serving)),
+            terminating.or(Some(was.terminating)),
+        );
+        let mut placement = backend.placement.take().map(Arc::unwrap_or_clone).unwrap_or_default();
+        let HintsPatch { nodes, zones } = hints.unwrap_or_default();
+        replace(&mut placement.node, node);
+        replace(&mut placement.zone, zone);
+        replace(&mut placement.hint_nodes, nodes);
+        replace(&mut placement.hint_zones, zones);
+        backend.placement = placed(placement);
+    }
 }
 
 /// One step of a change, complete in itself.
@@ -130,7 +224,7 @@ pub enum ChangeError {
     BackendNotFound { service: String, address: SocketAddr, nearest: Option<String> },
     #[error("service {name} exists already, declared by the {owner}")]
     NameTaken { name: String, owner: Owner },
-    #[error("frontend {frontend} belongs to service {service}, declared by the {owner}")]
+    #[error("{} belongs to service {service}, declared by the {owner}", describe_claim(frontend))]
     FrontendTaken { frontend: Frontend, service: String, owner: Owner },
     #[error("service {service} has backend {address} already")]
     BackendTaken { service: String, address: SocketAddr },
@@ -138,8 +232,16 @@ pub enum ChangeError {
     Owned { service: String, owner: Owner },
     #[error("the service in the request is not {reference}: that is neither its name nor one of its frontends")]
     Mismatch { reference: String },
+    #[error("service {service} has no name of its own, and would be {renamed} with this backend")]
+    NameFollows { service: String, renamed: String },
     #[error(transparent)]
-    Invalid(#[from] ServiceError),
+    Invalid(#[from] SpecError),
+}
+
+impl From<ServiceError> for ChangeError {
+    fn from(error: ServiceError) -> Self {
+        Self::Invalid(error.into())
+    }
 }
 
 impl ChangeError {
@@ -165,6 +267,7 @@ impl ChangeError {
             Self::BackendTaken { service, address } => {
                 Some(format!("change it with `netlb backend set {service} {address} --weight N`"))
             }
+            Self::NameFollows { service, .. } => Some(format!("name it first: `netlb svc set {service} --name NAME`")),
             Self::Mismatch { .. } | Self::Invalid(_) => None,
         }
     }
@@ -201,10 +304,7 @@ impl DesiredState {
             Change::PatchBackend { reference, address, patch } => {
                 let service = self.find_owned(reference)?;
                 let at = find_backend(service, *address)?;
-                with_backends(service, |backends| {
-                    backends[at].weight = patch.weight.unwrap_or(backends[at].weight);
-                    backends[at].state = patch.state.unwrap_or(backends[at].state);
-                })?
+                with_backends(service, |backends| patch.clone().apply(&mut backends[at]))?
             }
             Change::RemoveBackend { reference, address } => {
                 let service = self.find_owned(reference)?;
@@ -256,7 +356,8 @@ impl DesiredState {
     fn put(&self, reference: &str, spec: &ServiceSpec) -> Result<Vec<Edit>, ChangeError> {
         let mut spec = spec.clone();
         let exists = self.find(reference).is_some();
-        if spec.name.is_none() && reference.parse::<Frontend>().is_err() {
+        let claim = parse_claim(reference);
+        if spec.name.is_none() && claim.is_none() {
             spec.name = Some(reference.to_owned());
         } else if exists && spec.name.is_none() {
             spec.name = self.find(reference).map(|(service, _)| service.name().to_owned());
@@ -270,8 +371,7 @@ impl DesiredState {
             return self.replace(old, spec.into_service()?);
         }
         let service = spec.into_service()?;
-        let frontend = reference.parse::<Frontend>().ok();
-        if service.name() != reference && !frontend.is_some_and(|frontend| service.frontends().contains(&frontend)) {
+        if service.name() != reference && !claim.is_some_and(|claim| service.claims().any(|own| own == claim)) {
             return Err(ChangeError::Mismatch { reference: reference.to_owned() });
         }
         self.name_is_free(service.name())?;
@@ -300,15 +400,59 @@ impl DesiredState {
     }
 }
 
-fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, ServiceError> {
-    let ServicePatch { name, frontends, backends, algorithm, snat } = patch.clone();
-    old.redefine(|definition| {
+fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, SpecError> {
+    let ServicePatch {
+        name,
+        frontends,
+        external_ips,
+        load_balancer_ips,
+        node_ports,
+        publish,
+        source_ranges,
+        backends,
+        algorithm,
+        snat,
+        affinity,
+        external_traffic_policy,
+        internal_traffic_policy,
+    } = patch.clone();
+    let mut result = Ok(());
+    let new = old.redefine(|definition| {
         definition.name = name.or(definition.name.take());
         replace(&mut definition.frontends, frontends);
-        replace(&mut definition.backends, backends.map(|new| new.into_iter().map(Backend::from).collect()));
+        replace(&mut definition.publish, publish);
+        replace(
+            &mut definition.source_ranges,
+            source_ranges.map(|ranges| ranges.into_iter().map(|SourceRange(range)| range).collect()),
+        );
         replace(&mut definition.algorithm, algorithm);
         replace(&mut definition.snat, snat);
-    })
+        replace(&mut definition.affinity, affinity);
+        replace(&mut definition.external_traffic_policy, external_traffic_policy);
+        replace(&mut definition.internal_traffic_policy, internal_traffic_policy);
+        result = replace_open(definition, external_ips, load_balancer_ips, node_ports, backends);
+    });
+    result?;
+    Ok(new?)
+}
+
+/// Replaces what may leave something open, which is then as the rest is by now.
+fn replace_open(
+    definition: &mut Definition,
+    external_ips: Option<Vec<AddressSpec>>,
+    load_balancer_ips: Option<Vec<AddressSpec>>,
+    node_ports: Option<Vec<NodePortSpec>>,
+    backends: Option<Vec<BackendSpec>>,
+) -> Result<(), SpecError> {
+    let external_ips = external_ips.map(|specs| addresses(specs, definition)).transpose()?;
+    let load_balancer_ips = load_balancer_ips.map(|specs| addresses(specs, definition)).transpose()?;
+    let node_ports = node_ports.map(|specs| ports(&specs, definition));
+    let backends = backends.map(|specs| servers(specs, definition)).transpose()?;
+    replace(&mut definition.external_ips, external_ips);
+    replace(&mut definition.load_balancer_ips, load_balancer_ips);
+    replace(&mut definition.node_ports, node_ports);
+    replace(&mut definition.backends, backends);
+    Ok(())
 }
 
 fn replace<T>(old: &mut T, new: Option<T>) {
@@ -318,11 +462,12 @@ fn replace<T>(old: &mut T, new: Option<T>) {
 }
 
 fn with_backends(service: &Service, edit: impl FnOnce(&mut Vec<Backend>)) -> Result<Vec<Edit>, ChangeError> {
-    let changed = service.redefine(|definition| {
-        // Its name does not follow its family.
-        definition.name = Some(service.name().to_owned());
-        edit(&mut definition.backends);
-    })?;
+    let changed = service.redefine(|definition| edit(&mut definition.backends))?;
+    // One of ports alone has the family of its backends, and without a name another one then.
+    if changed.name() != service.name() {
+        let (service, renamed) = (service.name().to_owned(), changed.name().to_owned());
+        return Err(ChangeError::NameFollows { service, renamed });
+    }
     Ok(vec![Edit::Put(Arc::new(changed))])
 }
 

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::{Algorithm, Backend, SnatMode, Weight},
+    model::{Algorithm, Backend, Definition, SnatMode, Weight},
     spec::ServiceSpec,
 };
 
@@ -158,7 +158,7 @@ fn backends_are_added_changed_and_removed_one_by_one() {
     let add = Change::AddBackend { reference: "web".into(), backend };
     change(&mut state, add.clone()).unwrap();
     assert!(matches!(change(&mut state, add), Err(ChangeError::BackendTaken { .. })));
-    let patch = BackendPatch { weight: Weight::new(9).ok(), state: None };
+    let patch = BackendPatch { weight: Weight::new(9).ok(), ..Default::default() };
     change(&mut state, Change::PatchBackend { reference: A.into(), address, patch }).unwrap();
     assert_eq!(state.find("web").unwrap().0.backends()[1].weight.get(), 9);
     let remove = Change::RemoveBackend { reference: "web".into(), address };
@@ -232,23 +232,163 @@ fn undoing_edits_in_reverse_gives_the_state_before() {
     assert_eq!(state.find(B).unwrap().0.name(), "b");
 }
 
-/// One of a few services: `frontends` is a bit for each of four, `unnamed` leaves the name to the first of them.
+/// A service with ports of the node alone, published as it says.
+fn publishing(name: &str, ports: &[&str]) -> Service {
+    let spec = serde_json::json!({ "name": name, "publish": ports, "backends": ["10.244.0.1"] });
+    serde_json::from_value::<ServiceSpec>(spec).unwrap().into_service().unwrap()
+}
+
+const ALL: &str = "8080:80";
+const ONE: &str = "192.0.2.1:8080:80";
+const TWO: &str = "192.0.2.2:8080:80";
+
+#[test]
+fn a_port_on_all_addresses_and_the_same_on_one_belong_to_one_service() {
+    for (first, second, held) in [
+        (ALL, ONE, "port 8080/tcp on the node's IPv4 addresses"),
+        (ALL, ALL, "port 8080/tcp on the node's IPv4 addresses"),
+        (ONE, ALL, "frontend 192.0.2.1:8080/tcp"),
+        (ONE, ONE, "frontend 192.0.2.1:8080/tcp"),
+    ] {
+        let (first, second) = (publishing("first", &[first]), publishing("second", &[second]));
+        for (mut state, owner) in
+            [(state(&[], std::slice::from_ref(&first)), "api"), (state(std::slice::from_ref(&first), &[]), "file")]
+        {
+            let error = change(&mut state, Change::Create(second.clone())).unwrap_err().to_string();
+            assert_eq!(error, format!("{held} belongs to service first, declared by the {owner}"));
+        }
+        let both = Change::Apply { services: vec![first, second], prune: false };
+        assert!(matches!(state(&[], &[]).plan(&both), Err(ChangeError::FrontendTaken { .. })));
+    }
+    let mut apart = state(&[], &[publishing("first", &[ONE])]);
+    change(&mut apart, Change::Create(publishing("second", &[TWO]))).unwrap();
+    assert_eq!(apart.find("192.0.2.2:8080/tcp").unwrap().0.name(), "second");
+    // One service may have both, and one may give way to the other in one step.
+    change(&mut apart, Change::Apply { services: vec![publishing("second", &[ALL, TWO])], prune: true }).unwrap();
+    assert_eq!(apart.find("0.0.0.0:8080/tcp").unwrap().0.name(), "second");
+}
+
+#[test]
+fn a_port_that_the_file_wants_waits_for_the_api_to_let_go_of_it() {
+    let mut state = state(&[], &[publishing("one", &[ONE]), publishing("two", &[TWO])]);
+    state.set_file(vec![publishing("file", &[ALL, "8081:80"])]);
+    let claims = |state: &DesiredState| -> Vec<String> {
+        state.find_served("file").unwrap().service.claims().map(|claim| claim.to_string()).collect()
+    };
+    assert_eq!(claims(&state), ["0.0.0.0:8081/tcp"]);
+    assert_eq!(conflicts(&state).iter().map(|conflict| &*conflict.held_by).collect::<Vec<_>>(), ["one", "two"]);
+    change(&mut state, Change::Remove { reference: "192.0.2.1:8080/tcp".into() }).unwrap();
+    assert_eq!(claims(&state), ["0.0.0.0:8081/tcp"]);
+    change(&mut state, Change::Remove { reference: "two".into() }).unwrap();
+    assert_eq!(claims(&state), ["0.0.0.0:8080/tcp", "0.0.0.0:8081/tcp"]);
+    assert!(conflicts(&state).is_empty());
+}
+
+#[test]
+fn every_part_of_a_service_is_replaced_by_itself() {
+    let mut state = state(&[], &[service("web", &[A, "10.96.0.1:53/udp"])]);
+    let mut patched = |json: serde_json::Value| {
+        let patch = serde_json::from_value(json).unwrap();
+        change(&mut state, Change::Patch { reference: "web".into(), patch })?;
+        Ok::<_, ChangeError>(ServiceSpec::from(state.find("web").unwrap().0))
+    };
+    let json = |spec: ServiceSpec| serde_json::to_value(spec).unwrap();
+    let with = serde_json::json!({
+        "external_ips": ["192.0.2.9"], "lb_ips": ["203.0.113.9:80/tcp"], "node_ports": [30080], "publish": ["8080:80"],
+        "source_ranges": ["10.0.0.0/8"], "affinity": "client-ip:9", "external_traffic_policy": "Local",
+        "internal_traffic_policy": "local", "snat": "never", "backends": ["10.244.0.7"],
+    });
+    let all = json(patched(with).unwrap());
+    assert_eq!(all["external_ips"], serde_json::json!(["192.0.2.9:80/tcp", "192.0.2.9:53/udp"]));
+    assert_eq!(all["node_ports"], serde_json::json!(["30080/tcp", "30080/udp"]));
+    assert_eq!(all["backends"][0]["address"], "10.244.0.7:80");
+    // A new frontend changes nothing else, also where its port was taken from an old one.
+    let mut expected = all.clone();
+    expected["frontends"] = serde_json::json!([B]);
+    assert_eq!(json(patched(serde_json::json!({ "frontends": [B] })).unwrap()), expected);
+    let error = patched(serde_json::json!({ "load_balancer_ips": [] })).unwrap_err().to_string();
+    assert!(error.contains("has source ranges and no load-balancer address"), "{error}");
+    let without = serde_json::json!({
+        "external_ips": [], "load_balancer_ips": [], "source_ranges": [], "node_ports": [], "publish": [], "affinity": "none",
+        "external_traffic_policy": "cluster", "internal_traffic_policy": "cluster", "snat": "auto",
+    });
+    let keys: Vec<_> = json(patched(without).unwrap()).as_object().unwrap().keys().cloned().collect();
+    assert_eq!(keys, ["algorithm", "backends", "frontends", "name", "snat"]);
+    let error = patched(serde_json::json!({ "frontends": [], "external_ips": ["192.0.2.9"] })).unwrap_err().to_string();
+    assert!(error.contains("has no frontend whose port address 192.0.2.9 could have"), "{error}");
+}
+
+#[test]
+fn every_part_of_a_backend_is_replaced_by_itself() {
+    let mut backend = Backend::new("10.244.0.1:80".parse().unwrap());
+    let mut patched = |json: &str| {
+        serde_json::from_str::<BackendPatch>(json).unwrap().apply(&mut backend);
+        serde_json::to_string(&crate::spec::BackendSpec::from(backend.clone())).unwrap()
+    };
+    let start = r#"{"address":"10.244.0.1:80","weight":1,"state":"active""#;
+    for (json, expected) in [
+        ("{}", "}"),
+        (r#"{"node":"n","hints":{"zones":["z"]}}"#, r#","node":"n","hints":{"zones":["z"]}}"#),
+        (r#"{"zone":"z","hints":{"nodes":["n"]}}"#, r#","node":"n","zone":"z","hints":{"nodes":["n"],"zones":["z"]}}"#),
+        (r#"{"node":null,"hints":{"nodes":[],"zones":[]}}"#, r#","zone":"z"}"#),
+        // It serves as it is ready, until it is said to be otherwise.
+        (r#"{"zone":null,"ready":false}"#, r#","ready":false}"#),
+        (r#"{"serving":true,"terminating":true}"#, r#","ready":false,"serving":true,"terminating":true}"#),
+        (r#"{"terminating":false}"#, r#","ready":false,"serving":true}"#),
+        (r#"{"ready":true}"#, "}"),
+    ] {
+        assert_eq!(patched(json), format!("{start}{expected}"), "{json}");
+    }
+    assert_eq!(backend.placement, None);
+}
+
+#[test]
+fn a_nameless_service_of_ports_does_not_change_its_family_in_silence() {
+    let spec: ServiceSpec = serde_json::from_str(r#"{"node_port":30080}"#).unwrap();
+    let mut state = state(&[], &[spec.into_service().unwrap()]);
+    let add = |address: &str| Change::AddBackend {
+        reference: "0.0.0.0:30080/tcp".into(),
+        backend: Backend::new(address.parse().unwrap()),
+    };
+    let error = change(&mut state, add("[fd00::1]:80")).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "service 0.0.0.0:30080/tcp has no name of its own, and would be [::]:30080/tcp with this backend"
+    );
+    assert_eq!(error.hint().unwrap(), "name it first: `netlb svc set 0.0.0.0:30080/tcp --name NAME`");
+    change(&mut state, add("10.0.0.1:80")).unwrap();
+    assert_eq!(state.find("0.0.0.0:30080/tcp").unwrap().0.backends().len(), 1);
+}
+
+/// One of a few services: `frontends` is a bit for each of four, `ports` for each of three published ports, `unnamed` leaves the name to
+/// the first of them.
 fn any_service() -> impl Strategy<Value = Service> {
-    (0..4_u8, 1..16_u8, any::<bool>()).prop_map(|(number, frontends, unnamed)| {
+    (0..4_u8, 0..16_u8, 0..8_u8, any::<bool>()).prop_map(|(number, frontends, ports, unnamed)| {
+        // Something has to be there.
+        let frontends = if ports == 0 { frontends.max(1) } else { frontends };
         let frontends = (0..4).filter(|bit| frontends >> bit & 1 != 0).map(|bit| format!("10.96.0.{bit}:80/tcp"));
-        let frontends: Vec<_> = frontends.collect();
-        let frontends: Vec<_> = frontends.iter().map(String::as_str).collect();
-        service(&if unnamed { String::new() } else { format!("s{number}") }, &frontends)
+        let publish = (0..3).filter(|bit| ports >> bit & 1 != 0).map(|bit| [ALL, ONE, TWO][bit].parse().unwrap());
+        let definition = Definition {
+            name: (!unnamed).then(|| format!("s{number}")),
+            frontends: frontends.map(|text| text.parse().unwrap()).collect(),
+            publish: publish.collect(),
+            backends: vec![Backend::new("10.244.0.1:80".parse().unwrap())],
+            ..Definition::default()
+        };
+        Service::define(definition).unwrap()
     })
 }
 
 /// A file has no name and no frontend twice.
 fn any_file() -> impl Strategy<Value = Vec<Service>> {
     prop::collection::vec(any_service(), 0..4).prop_map(|services| {
-        let (mut names, mut frontends) = (HashSet::new(), HashSet::new());
+        let (mut names, mut claims) = (HashSet::new(), Claims::default());
         let is_new = |service: &Service| {
-            names.insert(service.name().to_owned())
-                && service.frontends().iter().all(|frontend| frontends.insert(*frontend))
+            let is_new = names.insert(service.name().to_owned()) && claims.rivals(service).next().is_none();
+            if is_new {
+                claims.insert(service, &());
+            }
+            is_new
         };
         let mut services = services;
         services.retain(is_new);
@@ -269,6 +409,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         any_service().prop_map(Change::Create),
         (0..4_u8).prop_map(|number| Change::Remove { reference: format!("s{number}") }),
         (0..4_u8).prop_map(|bit| Change::Remove { reference: format!("10.96.0.{bit}:80/tcp") }),
+        (0..3_u8).prop_map(|bit| Change::Remove { reference: format!("192.0.2.{bit}:8080/tcp") }),
         (any_file(), any::<bool>()).prop_map(|(services, prune)| Change::Apply { services, prune }),
     ];
     let changed = change.clone().prop_map(Step::Change);
@@ -317,8 +458,8 @@ proptest! {
             for desired in anew.served() {
                 let found = |reference: &str| state.find_served(reference);
                 prop_assert_eq!(found(desired.service.name()), Some(desired.clone()));
-                for frontend in desired.service.frontends() {
-                    prop_assert_eq!(found(&frontend.to_string()), Some(desired.clone()));
+                for claim in desired.service.claims() {
+                    prop_assert_eq!(found(&claim.to_string()), Some(desired.clone()));
                 }
             }
         }

@@ -64,6 +64,8 @@ pub enum FrontendError {
     Address(String),
     #[error("`{0}` has port 0; a port is 1 to 65535")]
     PortZero(String),
+    #[error("`{0}` is not PORT or PORT/PROTOCOL; a port is 1 to 65535")]
+    Port(String),
     #[error("`{0}` is not an address a service or backend can have (unspecified, multicast or broadcast)")]
     NotUnicast(String),
 }
@@ -75,11 +77,22 @@ pub fn parse_endpoint(text: &str) -> Result<SocketAddr, FrontendError> {
     if address.port() == 0 {
         return Err(FrontendError::PortZero(text.to_owned()));
     }
-    let ip = address.ip();
-    if ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) {
+    check_unicast(address.ip(), text)?;
+    Ok(address)
+}
+
+/// Reads `ADDRESS`, with or without the brackets that IPv6 has before a port; nothing, if the text is something else.
+pub fn parse_address(text: &str) -> Option<Result<IpAddr, FrontendError>> {
+    let address = text.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(text);
+    let address = address.parse::<IpAddr>().ok()?.to_canonical();
+    Some(check_unicast(address, text).map(|()| address))
+}
+
+fn check_unicast(address: IpAddr, text: &str) -> Result<(), FrontendError> {
+    if address.is_unspecified() || address.is_multicast() || address == IpAddr::from([255, 255, 255, 255]) {
         return Err(FrontendError::NotUnicast(text.to_owned()));
     }
-    Ok(address)
+    Ok(())
 }
 
 /// The protocol that a part of a text names.
@@ -107,6 +120,17 @@ pub fn parse_claim(text: &str) -> Option<Frontend> {
     let address: SocketAddr = address.parse().ok()?;
     let address = SocketAddr::new(address.ip().to_canonical(), address.port());
     Some(Frontend { address, protocol: protocol_of(text, protocol).ok()? })
+}
+
+/// What a service may be known by, in words: a frontend, or a port of the node.
+#[must_use]
+pub fn describe_claim(claim: &Frontend) -> String {
+    let Frontend { address, protocol } = claim;
+    if !address.ip().is_unspecified() {
+        return format!("frontend {claim}");
+    }
+    let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+    format!("port {}/{protocol} on the node's {family} addresses", address.port())
 }
 
 impl fmt::Display for Frontend {
@@ -137,6 +161,30 @@ pub struct NodePort {
 impl fmt::Display for NodePort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.port, self.protocol)
+    }
+}
+
+/// Reads `PORT` or `PORT/PROTOCOL`.
+pub fn parse_port(text: &str) -> Result<(NonZeroU16, Option<Protocol>), FrontendError> {
+    let (port, protocol) = match text.rsplit_once('/') {
+        None => (text, None),
+        Some((port, protocol)) => (port, Some(protocol_of(text, protocol)?)),
+    };
+    Ok((port.parse().map_err(|_| FrontendError::Port(text.to_owned()))?, protocol))
+}
+
+impl<'de> Deserialize<'de> for NodePort {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        crate::text::deserialize_text(deserializer, "PORT/PROTOCOL", |text| {
+            let (port, protocol) = parse_port(text)?;
+            Ok::<_, FrontendError>(Self { port, protocol: protocol.unwrap_or(Protocol::Tcp) })
+        })
+    }
+}
+
+impl Serialize for NodePort {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
@@ -178,9 +226,11 @@ impl FromStr for Publish {
             Some((address, number)) => {
                 let address =
                     address.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(address);
-                let address: IpAddr = address.parse().map_err(|_| shape())?;
+                let address = address.parse::<IpAddr>().map_err(|_| shape())?.to_canonical();
                 // As with Docker, the unspecified address means all.
-                ((!address.is_unspecified()).then_some(address.to_canonical()), port(number)?)
+                let address = (!address.is_unspecified()).then_some(address);
+                address.map_or(Ok(()), |address| check_unicast(address, text))?;
+                (address, port(number)?)
             }
         };
         Ok(Self { address, port: NodePort { port, protocol }, target })
@@ -196,5 +246,17 @@ impl fmt::Display for Publish {
             Some(IpAddr::V6(address)) => write!(f, "[{address}]:")?,
         }
         write!(f, "{port}:{target}/{protocol}")
+    }
+}
+
+impl Serialize for Publish {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Publish {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        crate::text::deserialize_text(deserializer, "[ADDRESS:]PORT:TARGET[/PROTOCOL]", str::parse)
     }
 }

@@ -67,7 +67,7 @@ impl fmt::Display for Owner {
 }
 
 /// Which backends a service's clients get.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrafficPolicy {
     /// Those of all nodes.
@@ -83,6 +83,30 @@ impl fmt::Display for TrafficPolicy {
             Self::Cluster => "cluster",
             Self::Local => "local",
         })
+    }
+}
+
+/// A text that is no traffic policy.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("`{0}` is not a traffic policy; write cluster or local")]
+pub struct TrafficPolicyError(String);
+
+impl FromStr for TrafficPolicy {
+    type Err = TrafficPolicyError;
+
+    /// Kubernetes begins them with capitals.
+    fn from_str(text: &str) -> Result<Self, TrafficPolicyError> {
+        match text {
+            "cluster" | "Cluster" => Ok(Self::Cluster),
+            "local" | "Local" => Ok(Self::Local),
+            _ => Err(TrafficPolicyError(text.to_owned())),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TrafficPolicy {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        crate::text::deserialize_text(deserializer, "cluster or local", str::parse)
     }
 }
 

@@ -160,6 +160,14 @@ impl Service {
         claims(&self.definition)
     }
 
+    /// Claims to ports on one address of the node, each with the claim to the port on all of them.
+    pub fn published_on_one_address(&self) -> impl Iterator<Item = (Claim, Claim)> {
+        let is_v6 = self.is_v6();
+        let published = self.definition.publish.iter().filter(|publish| publish.address.is_some());
+        published
+            .map(move |publish| (on_node(publish.port, publish.address, is_v6), on_node(publish.port, None, is_v6)))
+    }
+
     /// What is left of it without some claims; nothing, if none is left.
     #[must_use]
     pub fn without(&self, mut is_lost: impl FnMut(&Claim) -> bool) -> Option<Self> {

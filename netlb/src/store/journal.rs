@@ -13,7 +13,7 @@ use crate::spec::ServiceSpec;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Entry {
-    Put(ServiceSpec),
+    Put(Box<ServiceSpec>),
     Remove(String),
 }
 
@@ -86,7 +86,7 @@ mod tests {
     fn what_is_written_is_read_up_to_where_it_was_cut_off() {
         let changes = [
             vec![Entry::Remove("a".to_owned())],
-            vec![Entry::Put(ServiceSpec::default()), Entry::Remove("line\nbreak".to_owned())],
+            vec![Entry::Put(Box::default()), Entry::Remove("line\nbreak".to_owned())],
         ];
         let records: Vec<_> = changes.iter().map(|change| record(change).unwrap()).collect();
         let text = records.concat();

@@ -27,6 +27,24 @@ fn how_clients_get_an_address_of_the_node_is_kept() {
 }
 
 #[test]
+fn everything_a_service_is_reached_by_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut store, _) = Store::open(directory.path()).unwrap();
+    let spec = |json: &str| serde_json::from_str::<ServiceSpec>(json).unwrap().into_service().unwrap();
+    let first = spec(
+        r#"{"name":"a","frontend":"10.0.0.1:1/tcp","external_ips":["192.0.2.1"],"lb_ips":["203.0.113.1"],"source_ranges":["10.0.0.0/8"],
+            "affinity":"client-ip","external_traffic_policy":"local","internal_traffic_policy":"local",
+            "backends":[{"address":"10.0.1.1:80","node":"n","zone":"z","ready":false,"terminating":true,"hints":{"nodes":["n"]}}]}"#,
+    );
+    let mut all =
+        vec![spec(r#"{"node_ports":[30080],"publish":["192.0.2.1:8080:80"],"backends":["10.0.1.1"]}"#), first];
+    store.save(all.iter()).unwrap();
+    all.push(spec(r#"{"name":"b","publish":["8081:80/udp"]}"#));
+    append(&mut store, "b", &all).unwrap();
+    assert_eq!(reopen(&store).1, all);
+}
+
+#[test]
 fn services_kept_before_there_was_a_choice_of_snat_have_the_default() {
     let directory = tempfile::tempdir().unwrap();
     let (store, _) = Store::open(directory.path()).unwrap();
@@ -64,6 +82,10 @@ fn a_newer_version_and_double_claims_are_refused() {
         (
             r#"{"version":1,"services":[{"frontend":"10.0.0.1:1/tcp"},{"name":"b","frontend":"10.0.0.1:1/tcp"}]}"#,
             "frontend 10.0.0.1:1/tcp is in it twice",
+        ),
+        (
+            r#"{"version":1,"services":[{"name":"a","publish":["192.0.2.1:80:80"]},{"name":"b","node_port":80}]}"#,
+            "port 80/tcp on the node's IPv4 addresses is in it twice",
         ),
         (r#"{"version":1,"services":[{"name":"b"}]}"#, "service `b` has no frontend"),
     ] {
