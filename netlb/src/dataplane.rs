@@ -39,8 +39,19 @@ pub struct ApplyReport {
 pub enum ApplyError {
     #[error("map {map} is full ({size} entries); raise `{option}` in the configuration file and restart netlb")]
     MapFull { map: &'static str, size: u64, option: &'static str },
+    /// The service is served without it.
+    #[error("{frontend} is not served: it belongs to service {holder}, which names that address")]
+    Held { frontend: Frontend, holder: String },
     #[error("{0}")]
     Kernel(String),
+}
+
+impl ApplyError {
+    /// Whether the service is as it is wanted to be, but for what another one has.
+    #[must_use]
+    pub const fn is_partial(&self) -> bool {
+        matches!(self, Self::Held { .. })
+    }
 }
 
 /// Packets and bytes, client to backend (`in`) and back (`out`).

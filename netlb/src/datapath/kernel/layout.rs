@@ -28,8 +28,8 @@ const ID_BITS: u32 = 21;
 /// Room in `COUNTERS`. More than there are, so that a new counter is no reason for new maps.
 const COUNTERS: u32 = 64;
 const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
-/// Room in `SOURCE_RANGES` and in `ADDRESSES` for more than services have.
-const SOURCE_RANGES: u32 = 65_536;
+/// Room in `SOURCE_RANGES` for each service, and in `ADDRESSES` for more than services have. Entries take memory when they are made.
+const SOURCE_RANGES: u32 = 4;
 const NODE_ADDRESSES: u32 = 1024;
 /// Room in `AFFINITY`: entries take memory when they are made.
 const AFFINITIES: u32 = 65_536;
@@ -126,6 +126,9 @@ impl Layout {
             ring_slots: ring_slots.next_multiple_of(RingLine::SLOTS),
             // A service's new members are written before the old ones are out of use, and regions may end on a line's end.
             members: (2 * backends + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
+            addresses: services + NODE_ADDRESSES,
+            source_ranges: (SOURCE_RANGES * services).max(NODE_ADDRESSES),
+            affinities: AFFINITIES,
             filter_bits_log2: filter::bits_log2(addresses),
         };
         Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
@@ -151,8 +154,8 @@ impl Layout {
     /// Every map that is pinned, `META` last.
     pub(super) fn maps(&self) -> Vec<Spec> {
         use Kind::{Array, Hash, LruHash, MappedArray, PerCpuArray};
-        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, filter_bits_log2: _ } =
-            self.sizes;
+        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, .. } = self.sizes;
+        let Sizes { addresses, source_ranges, affinities, .. } = self.sizes;
         vec![
             Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
             Spec::array::<Config>("CONFIGS", MappedArray, configs),
@@ -173,9 +176,9 @@ impl Layout {
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
             Spec::hash::<SocketKey, Counterpart>("SOCKETS", LruHash, self.sockets),
-            Spec::hash::<Addr, u32>("ADDRESSES", Hash, services + NODE_ADDRESSES),
-            Spec::trie::<RangeKey, u32>("SOURCE_RANGES", SOURCE_RANGES),
-            Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, AFFINITIES),
+            Spec::hash::<Addr, u32>("ADDRESSES", Hash, addresses),
+            Spec::trie::<RangeKey, u32>("SOURCE_RANGES", source_ranges),
+            Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, affinities),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }

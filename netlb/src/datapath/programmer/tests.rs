@@ -20,6 +20,9 @@ const ROOMY: Sizes = Sizes {
     owners: 256,
     ring_slots: 1 << 16,
     members: 4096,
+    addresses: 64,
+    source_ranges: 64,
+    affinities: 64,
     filter_bits_log2: 15,
 };
 const ACTIVE: u8 = Backend::SERVING | Backend::ACCEPTING;
@@ -875,6 +878,9 @@ fn ten_thousand_services_load_and_change_quickly() {
         owners: 131_072,
         ring_slots: 1 << 24,
         members: 524_288,
+        addresses: 17_408,
+        source_ranges: 65_536,
+        affinities: 65_536,
         filter_bits_log2: 21,
     });
     bench.maps().watches = false;
