@@ -341,13 +341,12 @@ impl<M: Maps> Programmer<M> {
     /// Gives up what the change replaced.
     fn finish(&mut self, change: Change, plan: &Plan<'_>, flags: &[u8]) -> Result<bool, ApplyError> {
         let Change {
-            service: index, frontends, backends, raised, rings, members, configs, addresses, ranges, replaced, ..
+            service: index, frontends, backends, raised, rings, members, configs, ranges, replaced, ..
         } = change;
         let mut changed = !(frontends.is_empty()
             && backends.is_empty()
             && raised.is_empty()
             && configs.is_empty()
-            && addresses.is_empty()
             && ranges.is_empty());
         self.retired.configs.extend(replaced.into_iter().flatten());
         rings.into_iter().flatten().for_each(|ring| self.rings.release(ring));
@@ -402,7 +401,7 @@ impl<M: Maps> Programmer<M> {
                 entry.addresses.iter().filter(|addr| !addresses.contains(addr)).copied().collect();
             let ranges: Vec<_> =
                 entry.ranges.iter().filter(|range| ranges.binary_search(range).is_err()).copied().collect();
-            changed |= !(addresses.is_empty() && ranges.is_empty());
+            changed |= !ranges.is_empty();
             if result.is_ok() {
                 self.drop_addresses(index, &addresses);
                 self.drop_ranges(index, &ranges);

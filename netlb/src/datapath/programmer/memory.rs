@@ -273,7 +273,7 @@ impl MemoryMaps {
         let config = self.configs[value.index() as usize];
         assert_eq!((config.key, config.generation), (*key, value.generation()), "the record is not the frontend's");
         let sends_outside = config.flags & Config::OUTSIDE != 0;
-        assert!(!sends_outside || key.scope == 0 && self.services.contains_key(&plan::outside(*key)), "{key:?}");
+        assert!(!sends_outside || key.scope == 0 && self.services.contains_key(&outside(*key)), "{key:?}");
         let has_ranges = self.ranges.iter().any(|(_, range)| range.service == config.service);
         assert!(config.flags & Config::RANGES == 0 || has_ranges);
         let frontend = self.frontends[config.frontend as usize];
@@ -338,7 +338,7 @@ impl Maps for MemoryMaps {
         self.note(Op::RemoveService(*key));
         if key.scope != 0
             && self.watches
-            && let Some(config) = self.in_force(&plan::base(*key))
+            && let Some(config) = self.in_force(&base(*key))
         {
             assert_eq!(config.flags & Config::OUTSIDE, 0, "packets are sent to {key:?}");
         }

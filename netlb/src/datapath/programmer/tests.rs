@@ -82,8 +82,11 @@ impl Bench {
         self.programmer.maps.begin_flow(&key(frontend), client)
     }
 
+    /// But for what is said of addresses.
     fn log(&self) -> Vec<Op> {
-        self.programmer.maps.take_log()
+        let mut log = self.programmer.maps.take_log();
+        log.retain(|op| !matches!(op, Op::Address(..) | Op::RemoveAddress(_)));
+        log
     }
 
     fn stats(&self, service: &str) -> ServiceStats {
@@ -109,30 +112,53 @@ impl Bench {
     }
 
     fn assert_serves(&self, desired: &[Desired]) {
-        let frontends = desired.iter().flat_map(|desired| desired.service.frontends());
-        let wanted: HashSet<_> = frontends.map(frontend_key).collect();
+        let mut wanted = HashSet::new();
+        for desired in desired {
+            let served = self.expected(&desired.service);
+            wanted.extend(served.iter().map(|(frontend, scope, _)| EndpointKey { scope: *scope, ..frontend_key(frontend) }));
+        }
         assert_eq!(self.programmer.maps.services.keys().copied().collect::<HashSet<_>>(), wanted);
         desired.iter().for_each(|desired| self.assert_served(&desired.service));
+    }
+
+    /// The entries that a service is to have, with their rules.
+    fn expected(&self, service: &Service) -> Vec<(Frontend, u8, resolve::Rule)> {
+        let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
+        let frontends = resolve::frontends(service, &self.programmer.node).into_iter();
+        let frontends = frontends.filter(|known| entry.held.iter().all(|held| held.frontend != known.frontend));
+        let entries = frontends.flat_map(|known| {
+            let outside = known.outside.map(|rule| (known.frontend, EndpointKey::OUTSIDE, rule));
+            [Some((known.frontend, 0, known.inside)), outside].into_iter().flatten()
+        });
+        entries.collect()
     }
 
     fn assert_served(&self, service: &Service) {
         let maps = &self.programmer.maps;
         let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
-        let members = Members::of(service.backends());
-        let addresses: Vec<_> = members.addresses().collect();
-        let ring = members.ring(service.algorithm());
-        let expected: Vec<_> = ring.iter().map(|slot| addresses[usize::from(*slot)]).collect();
-        for frontend in service.frontends() {
-            let key = frontend_key(frontend);
+        let resolved = Resolved::new(service, &self.programmer.node);
+        let expected = self.expected(service);
+        for (frontend, scope, rule) in &expected {
+            let key = EndpointKey { scope: *scope, ..frontend_key(frontend) };
+            let set: Vec<_> = resolved.set(rule.set).iter().map(|backend| (*backend).clone()).collect();
+            let members = Members::of(&set);
+            let addresses: Vec<_> = members.addresses().collect();
+            let ring: Vec<_> =
+                members.ring(service.algorithm()).iter().map(|slot| addresses[usize::from(*slot)]).collect();
             let config = maps.in_force(&key).unwrap_or_else(|| panic!("{frontend} is not served"));
-            assert_eq!(config.flags, snat_flags(service.snat()), "{frontend}");
+            assert_eq!(config.flags & SNATS, snat_flags(rule.snat), "{frontend}");
             let slots = maps.slots(&config);
             let got: Vec<_> = slots.iter().map(|backend| socket_address(backend.addr, backend.port)).collect();
-            assert_eq!(got, expected, "{frontend}");
-            for backend in service.backends() {
+            assert_eq!(got, ring, "{frontend}");
+            for backend in &set {
                 let id = entry.backends[&endpoint_key(backend.address, key.protocol)];
-                let flags = if backend.state == BackendState::Active { ACTIVE } else { Backend::SERVING };
-                assert_eq!(self.flags(id), flags, "{}", backend.address);
+                assert_eq!(self.flags(id) & ACTIVE, ACTIVE, "{}", backend.address);
+            }
+        }
+        for backend in service.backends().iter().filter(|backend| backend.state == BackendState::Draining) {
+            for key in expected.iter().map(|(frontend, ..)| endpoint_key(backend.address, frontend.protocol.number())) {
+                let serving = if backend.conditions.serving { Backend::SERVING } else { 0 };
+                assert_eq!(self.flags(entry.backends[&key]) & ACTIVE, serving, "{}", backend.address);
             }
         }
     }
@@ -143,6 +169,8 @@ impl Bench {
         assert_eq!(used, []);
         assert_eq!(self.programmer.services.len(), 0);
         assert_eq!(self.programmer.filter.words(15), vec![0; 512]);
+        assert_eq!((self.programmer.maps.addresses.len(), self.programmer.maps.ranges.len()), (0, 0));
+        assert!(self.programmer.contested.is_empty());
         assert_eq!(self.programmer.maps.owners.len(), 0);
         assert!(self.programmer.names.is_empty());
     }
@@ -178,11 +206,15 @@ fn with_snat(desired: Desired, snat: SnatMode) -> Desired {
     Desired { service: service.into(), ..desired }
 }
 
-fn snat_flags(snat: SnatMode) -> u32 {
+const SNATS: u32 = Config::SNAT_NEVER | Config::SNAT_PODS | Config::SNAT_OUTSIDE;
+
+const fn snat_flags(snat: resolve::Snat) -> u32 {
     match snat {
-        SnatMode::Auto => 0,
-        SnatMode::Always => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
-        SnatMode::Never => Config::SNAT_NEVER,
+        resolve::Snat::Auto => 0,
+        resolve::Snat::Never => Config::SNAT_NEVER,
+        resolve::Snat::Always { pods: false, outside: true } => Config::SNAT_OUTSIDE,
+        resolve::Snat::Always { pods: true, outside: true } => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
+        resolve::Snat::Always { .. } => panic!("nobody asks for it"),
     }
 }
 
@@ -268,7 +300,7 @@ fn a_change_of_snat_alone_is_a_new_record_put_in_force() {
     bench.serve(&[web(&[A, B])]);
     assert_eq!(bench.config(WEB).flags, 0);
     for (snat, flags) in [
-        (SnatMode::Always, Config::SNAT_PODS | Config::SNAT_OUTSIDE),
+        (SnatMode::Always, Config::SNAT_OUTSIDE),
         (SnatMode::Never, Config::SNAT_NEVER),
         (SnatMode::Auto, 0),
     ] {
