@@ -168,6 +168,7 @@ pub trait Dataplane: Send {
     /// Removes flows and says how many they were.
     fn flush_flows(&mut self, filter: &FlowFilter) -> u64;
     fn status(&self) -> DataplaneStatus;
-    /// Called about once a second: expired flows, drained backends, routes and neighbours that changed.
-    fn tick(&mut self, now: SystemTime);
+    /// Called about once a second: expired flows, drained backends. Services that are others now, because the node's addresses changed,
+    /// are programmed again.
+    fn tick(&mut self, now: SystemTime) -> ApplyReport;
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
 use netlb_common::{
     addr::Addr,
     conntrack::State,
@@ -12,6 +13,7 @@ use netlb_common::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
+    network::{Network, Networks},
     snat::{self, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
@@ -213,6 +215,19 @@ pub(super) fn timeouts(timeouts: &Timeouts) -> [u32; State::COUNT] {
 
 fn in_units(state: State, timeout: Duration) -> u32 {
     ticks_from_seconds(timeout.as_secs()).div_ceil(1 << state.unit_shift()) as u32
+}
+
+/// Networks as the programs know them.
+pub(super) fn networks(all: &[IpNet]) -> Networks {
+    let mut networks = Networks::NONE;
+    for (slot, net) in networks.all.iter_mut().zip(all) {
+        *slot = match net {
+            IpNet::V4(net) => Network::new(Addr::from_v4(net.addr().octets()), 96 + u32::from(net.prefix_len())),
+            IpNet::V6(net) => Network::new(Addr::from_bytes(net.addr().octets()), net.prefix_len().into()),
+        };
+        networks.len += 1;
+    }
+    networks
 }
 
 /// The constants of the programs.
