@@ -23,7 +23,11 @@ impl<'de> Deserialize<'de> for Cidrs {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let networks = Vec::<Cidr>::deserialize(deserializer)?;
         if networks.len() > Networks::MAX {
-            return Err(de::Error::custom(format_args!("{} networks are too many; the most is {}", networks.len(), Networks::MAX)));
+            return Err(de::Error::custom(format_args!(
+                "{} networks are too many; the most is {}",
+                networks.len(),
+                Networks::MAX
+            )));
         }
         Ok(Self(networks.into_iter().map(|network| network.0).collect()))
     }

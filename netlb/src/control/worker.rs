@@ -151,8 +151,7 @@ impl Worker {
         // What another service has is no reason to refuse a change that has nothing to do with it.
         let is_old = |name: &String, error: &ApplyError| error.is_partial() && before.get(name) == Some(error);
         let problem = |name: &String| self.out_of_sync.get(name).filter(|error| !is_old(name, error));
-        let failed =
-            |tried: &Tried| tried.edited.iter().find_map(|name| Some((name.clone(), problem(name)?.clone())));
+        let failed = |tried: &Tried| tried.edited.iter().find_map(|name| Some((name.clone(), problem(name)?.clone())));
         if let Some((service, source)) = tried.iter().find_map(failed) {
             let mut waiting = self.take_back(tried);
             self.program_touched();

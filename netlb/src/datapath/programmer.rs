@@ -236,7 +236,8 @@ impl<M: Maps> Programmer<M> {
         let before = std::mem::replace(&mut self.node, Arc::new(node));
         self.set_node_addresses();
         let Node { name, zone, serves_sockets, .. } = &*before;
-        let only_addresses = (name, zone, serves_sockets) == (&self.node.name, &self.node.zone, &self.node.serves_sockets);
+        let only_addresses =
+            (name, zone, serves_sockets) == (&self.node.name, &self.node.zone, &self.node.serves_sockets);
         let may_differ = |service: &Service| {
             !only_addresses || plan::is_on_node(service) || !service.definition().source_ranges.is_empty()
         };

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use netlb_common::maps::Interface;
 
 use super::{
-    facts::{Address, Facts},
     Attached, Hooks, Status,
+    facts::{Address, Facts},
     link::{Kind, Link, Role, announcement, problem, role},
 };
 use crate::{
@@ -221,7 +221,11 @@ impl Follower {
                 Outcome::Refused(problem) => Some((*problem).to_owned()),
             },
         };
-        Status { interfaces: self.matching.iter().map(status).collect(), warnings: self.unmatched(), facts: self.facts() }
+        Status {
+            interfaces: self.matching.iter().map(status).collect(),
+            warnings: self.unmatched(),
+            facts: self.facts(),
+        }
     }
 
     /// Patterns that nothing matches: perhaps misspelled, perhaps early.

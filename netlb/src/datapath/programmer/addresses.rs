@@ -134,11 +134,9 @@ impl<M: Maps> Programmer<M> {
             _ => self.maps.set_address(&addr, wanted),
         };
         written.map_err(|error| match is_full(&error) {
-            true => ApplyError::MapFull {
-                map: "ADDRESSES",
-                size: self.sizes.addresses.into(),
-                option: "limits.services",
-            },
+            true => {
+                ApplyError::MapFull { map: "ADDRESSES", size: self.sizes.addresses.into(), option: "limits.services" }
+            }
             false => kernel_error("ADDRESSES", &error),
         })?;
         match wanted {
@@ -249,11 +247,7 @@ impl<M: Maps> Programmer<M> {
 /// An address in a key, as [`Addr`] has it.
 const fn halves([a, b, c, d]: [u32; 4]) -> [u64; 2] {
     const fn join(low: u32, high: u32) -> u64 {
-        if cfg!(target_endian = "little") {
-            (high as u64) << 32 | low as u64
-        } else {
-            (low as u64) << 32 | high as u64
-        }
+        if cfg!(target_endian = "little") { (high as u64) << 32 | low as u64 } else { (low as u64) << 32 | high as u64 }
     }
     [join(a, b), join(c, d)]
 }

@@ -84,13 +84,7 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Writes what no packet reads yet.
-    fn write(
-        &mut self,
-        change: &mut Change,
-        plan: &Plan<'_>,
-        pools: &Pools,
-        flags: &[u8],
-    ) -> Result<(), ApplyError> {
+    fn write(&mut self, change: &mut Change, plan: &Plan<'_>, pools: &Pools, flags: &[u8]) -> Result<(), ApplyError> {
         let backends = plan.service.backends();
         for key in plan.keys() {
             self.write_frontend(change, key)?;
@@ -340,9 +334,8 @@ impl<M: Maps> Programmer<M> {
 
     /// Gives up what the change replaced.
     fn finish(&mut self, change: Change, plan: &Plan<'_>, flags: &[u8]) -> Result<bool, ApplyError> {
-        let Change {
-            service: index, frontends, backends, raised, rings, members, configs, ranges, replaced, ..
-        } = change;
+        let Change { service: index, frontends, backends, raised, rings, members, configs, ranges, replaced, .. } =
+            change;
         let mut changed = !(frontends.is_empty()
             && backends.is_empty()
             && raised.is_empty()
@@ -397,8 +390,7 @@ impl<M: Maps> Programmer<M> {
                 Ok(()) => State::As(Arc::clone(service)),
                 Err(_) => State::Unknown,
             };
-            let addresses: Vec<_> =
-                entry.addresses.iter().filter(|addr| !addresses.contains(addr)).copied().collect();
+            let addresses: Vec<_> = entry.addresses.iter().filter(|addr| !addresses.contains(addr)).copied().collect();
             let ranges: Vec<_> =
                 entry.ranges.iter().filter(|range| ranges.binary_search(range).is_err()).copied().collect();
             changed |= !ranges.is_empty();

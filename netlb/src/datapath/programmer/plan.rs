@@ -118,9 +118,7 @@ impl<'a> Plan<'a> {
         let mut flags = match rule.snat {
             Snat::Auto => 0,
             Snat::Never => Config::SNAT_NEVER,
-            Snat::Always { pods, outside } => {
-                if_so(pods, Config::SNAT_PODS) | if_so(outside, Config::SNAT_OUTSIDE)
-            }
+            Snat::Always { pods, outside } => if_so(pods, Config::SNAT_PODS) | if_so(outside, Config::SNAT_OUTSIDE),
         };
         flags |= if_so(key.scope == 0 && frontend.outside.is_some(), Config::OUTSIDE);
         if frontend.kind == Kind::LoadBalancer && !self.service.definition().source_ranges.is_empty() {
