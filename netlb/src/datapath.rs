@@ -42,6 +42,9 @@ pub struct Sizes {
     pub filter_bits_log2: u32,
 }
 
+/// Some entries of a map, and where the next ones begin if these are not the last.
+pub type Portion<K, V> = (Vec<(K, V)>, Option<u32>);
+
 /// The maps as the control loop writes them: the kernel's, or their twin in memory.
 ///
 /// Records of arrays are plain memory that the programs read at any moment. Indexes are below the [`Sizes`].
@@ -83,8 +86,8 @@ pub trait Maps: Send {
     fn set_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()>;
     fn remove_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()>;
 
-    /// About this many entries of `AFFINITY`, or fewer, and where the next ones begin if these are not the last.
-    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<(Vec<(AffinityKey, Affinity)>, Option<u32>)>;
+    /// At most this many entries of `AFFINITY`.
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>>;
     /// Removes an entry, unless a packet has changed it.
     fn remove_affinity(&mut self, key: &AffinityKey, seen: Affinity) -> io::Result<()>;
 

@@ -31,7 +31,7 @@ use netlb_common::{
 
 use super::{layout::Layout, mapping::Mapping, syscall::Grace};
 use crate::{
-    datapath::{Maps, Sizes},
+    datapath::{Maps, Portion, Sizes},
     dataplane::ServiceCounters,
 };
 
@@ -273,7 +273,7 @@ impl Maps for KernelMaps {
         super::pins::ignore_missing(self.source_ranges.remove(&Key::new(bits, *key)).map_err(io_error))
     }
 
-    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<(Vec<(AffinityKey, Affinity)>, Option<u32>)> {
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>> {
         super::syscall::lookup_batch(self.affinities_fd.as_fd(), from, most)
     }
 

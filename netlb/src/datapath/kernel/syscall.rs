@@ -14,6 +14,8 @@ use std::{
 
 use aya::Pod;
 
+use crate::datapath::Portion;
+
 /// `enum bpf_cmd` in linux/bpf.h.
 mod command {
     pub(super) const MAP_CREATE: libc::c_int = 0;
@@ -200,7 +202,7 @@ pub(super) fn lookup_batch<K: Pod + Default, V: Pod + Default>(
     map: BorrowedFd<'_>,
     from: Option<u32>,
     most: usize,
-) -> io::Result<(Vec<(K, V)>, Option<u32>)> {
+) -> io::Result<Portion<K, V>> {
     let (mut keys, mut values) = (vec![K::default(); most], vec![V::default(); most]);
     let (first, mut next) = (from.unwrap_or_default(), 0_u32);
     let mut batch = Batch {

@@ -21,7 +21,7 @@ use netlb_common::{
 };
 
 use super::*;
-use crate::dataplane::ServiceCounters;
+use crate::{datapath::Portion, dataplane::ServiceCounters};
 
 /// A write, for tests of the order.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -452,7 +452,7 @@ impl Maps for MemoryMaps {
         self.ranges.remove(&(bits, *key)).then_some(()).ok_or(io::ErrorKind::NotFound.into())
     }
 
-    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<(Vec<(AffinityKey, Affinity)>, Option<u32>)> {
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>> {
         let from = from.unwrap_or(0) as usize;
         let part: Vec<_> = self.affinities.iter().skip(from).take(most).copied().collect();
         let next = from + part.len();
