@@ -21,6 +21,7 @@ pub use self::{
     diagnostic::Diagnostic,
     duration::{format_duration, parse_duration},
     glob::Glob,
+    networks::{Cidrs, NodePortAddresses},
     sections::{
         Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, Snat, Socket, SocketScope, TcxOrder, Timeouts,
         Xdp,
@@ -30,6 +31,7 @@ pub use self::{
 mod diagnostic;
 mod duration;
 mod glob;
+mod networks;
 mod sections;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,8 @@ use std::{
 };
 
 use netlb_common::{
-    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    addr::Addr,
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey},
     table,
 };
 
@@ -23,7 +24,7 @@ mod programmer;
 /// How many records each map has room for. Index 0 of backends, frontends and services is never used: it means none.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Sizes {
-    /// Entries of `SERVICES`, which are frontends.
+    /// Entries of `SERVICES`: frontends, twice where flows from outside are treated in their own way.
     pub services: u32,
     /// Elements of `CONFIGS`: more than frontends, since an old record stays until no packet reads it.
     pub configs: u32,
@@ -35,8 +36,14 @@ pub struct Sizes {
     pub ring_slots: u32,
     /// Entries of `MEMBERS`.
     pub members: u32,
+    pub addresses: u32,
+    pub source_ranges: u32,
+    pub affinities: u32,
     pub filter_bits_log2: u32,
 }
+
+/// Some entries of a map, and where the next ones begin if these are not the last.
+pub type Portion<K, V> = (Vec<(K, V)>, Option<u32>);
 
 /// The maps as the control loop writes them: the kernel's, or their twin in memory.
 ///
@@ -68,6 +75,21 @@ pub trait Maps: Send {
     /// Sets some entries. After an error some of them may be set.
     fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()>;
     fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()>;
+
+    /// Everything in `ADDRESSES`.
+    fn addresses(&self) -> io::Result<Vec<(Addr, u32)>>;
+    fn set_address(&mut self, addr: &Addr, flags: u32) -> io::Result<()>;
+    fn remove_address(&mut self, addr: &Addr) -> io::Result<()>;
+
+    /// Everything in `SOURCE_RANGES`, with the bits of each key that count.
+    fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>>;
+    fn set_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()>;
+    fn remove_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()>;
+
+    /// At most this many entries of `AFFINITY`.
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>>;
+    /// Removes an entry, unless a packet has changed it.
+    fn remove_affinity(&mut self, key: &AffinityKey, seen: Affinity) -> io::Result<()>;
 
     fn ring(&self, offset: u32, len: u32) -> Vec<u16>;
     fn write_ring(&mut self, offset: u32, slots: &[u16]);

@@ -39,8 +39,19 @@ pub struct ApplyReport {
 pub enum ApplyError {
     #[error("map {map} is full ({size} entries); raise `{option}` in the configuration file and restart netlb")]
     MapFull { map: &'static str, size: u64, option: &'static str },
+    /// The service is served without it.
+    #[error("{frontend} is not served: it belongs to service {holder}, which names that address")]
+    Held { frontend: Frontend, holder: String },
     #[error("{0}")]
     Kernel(String),
+}
+
+impl ApplyError {
+    /// Whether the service is as it is wanted to be, but for what another one has.
+    #[must_use]
+    pub const fn is_partial(&self) -> bool {
+        matches!(self, Self::Held { .. })
+    }
 }
 
 /// Packets and bytes, client to backend (`in`) and back (`out`).
@@ -157,6 +168,7 @@ pub trait Dataplane: Send {
     /// Removes flows and says how many they were.
     fn flush_flows(&mut self, filter: &FlowFilter) -> u64;
     fn status(&self) -> DataplaneStatus;
-    /// Called about once a second: expired flows, drained backends, routes and neighbours that changed.
-    fn tick(&mut self, now: SystemTime);
+    /// Called about once a second: expired flows, drained backends. Services that are others now, because the node's addresses changed,
+    /// are programmed again.
+    fn tick(&mut self, now: SystemTime) -> ApplyReport;
 }

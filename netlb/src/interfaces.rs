@@ -21,17 +21,21 @@ use tokio::{
 };
 
 use self::{
+    facts::Facts,
     follower::Follower,
     netlink::{Event, Netlink},
 };
 use crate::{config::Node, dataplane::InterfaceStatus};
 
+pub(crate) mod facts;
 mod follower;
 mod link;
 mod netlink;
 
 /// What cannot be attached is tried again after this long.
 const RETRY: Duration = Duration::from_secs(3);
+/// Addresses that change together are listed once in this time.
+const READDRESS: Duration = Duration::from_millis(50);
 /// Routes and neighbours that change together have flows ask for their ways once in this time at most.
 const REROUTE: Duration = Duration::from_millis(100);
 /// All interfaces are listed and looked after again this often, in case somebody took our programs off.
@@ -65,6 +69,8 @@ pub(crate) struct Attached {
 pub(crate) struct Status {
     pub(crate) interfaces: Vec<InterfaceStatus>,
     pub(crate) warnings: Vec<String>,
+    /// What is known of the node's addresses.
+    pub(crate) facts: Facts,
 }
 
 /// The thread that follows them. On drop it ends, and what is attached stays.
@@ -79,13 +85,13 @@ pub(crate) struct Interfaces {
 }
 
 impl Interfaces {
-    /// Opens the connections to the kernel, and does nothing more before [`attach`](Self::attach).
+    /// Opens the connections to the kernel and asks for addresses, and does nothing more before [`attach`](Self::attach).
     pub(crate) fn open(node: &Node, hooks: Box<dyn Hooks>) -> anyhow::Result<Self> {
         let status = Arc::new(Mutex::new(Status::default()));
         let (attach, attached) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
         let (opened, is_open) = mpsc::channel();
-        let follower = Follower::new(node.clone(), hooks);
+        let (node, follower) = (node.clone(), Follower::new(node.clone(), hooks));
         let shared = Arc::clone(&status);
         let run = move || {
             let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
@@ -97,6 +103,11 @@ impl Interfaces {
                     Ok(netlink) => netlink,
                     Err(error) => return drop(opened.send(Err(error))),
                 };
+                let facts = match first_facts(&node, &netlink).await {
+                    Ok(facts) => facts,
+                    Err(error) => return drop(opened.send(Err(error))),
+                };
+                publish(&shared, |status| status.facts = facts);
                 // Whoever waits for it is waiting still.
                 drop(opened.send(Ok(())));
                 tokio::select! {
@@ -145,9 +156,7 @@ async fn follow(
     begin: oneshot::Receiver<mpsc::Sender<()>>,
     status: &Mutex<Status>,
 ) {
-    let publish = |follower: &Follower| {
-        *status.lock().unwrap_or_else(PoisonError::into_inner) = follower.status();
-    };
+    let publish = |follower: &Follower| publish(status, |status| *status = follower.status());
     let Ok(begun) = begin.await else { return };
     list(&mut follower, &mut netlink).await;
     publish(&follower);
@@ -159,6 +168,7 @@ async fn follow(
     }
     let mut rerouted = Instant::now();
     let mut reroute_at = None;
+    let mut readdress_at = None;
     loop {
         tokio::select! {
             biased;
@@ -167,7 +177,15 @@ async fn follow(
                 (rerouted, reroute_at) = (Instant::now(), None);
                 continue;
             }
+            () = tokio::time::sleep_until(readdress_at.unwrap_or(rerouted)), if readdress_at.is_some() => {
+                readdress_at = None;
+                list_addresses(&mut follower, &netlink).await;
+            }
             event = netlink.next() => match event {
+                Event::Readdressed => {
+                    readdress_at.get_or_insert_with(|| Instant::now() + READDRESS);
+                    continue;
+                }
                 Event::Rerouted => {
                     reroute_at.get_or_insert(rerouted + REROUTE);
                     continue;
@@ -209,6 +227,24 @@ async fn list(follower: &mut Follower, netlink: &mut Netlink) {
         Ok(links) => follower.replace(links),
         Err(error) => tracing::error!("cannot list interfaces: {error}"),
     }
+    list_addresses(follower, netlink).await;
+}
+
+async fn list_addresses(follower: &mut Follower, netlink: &Netlink) {
+    match netlink.addresses().await {
+        Ok(addresses) => follower.set_addresses(addresses),
+        Err(error) => tracing::error!("cannot list addresses: {error}"),
+    }
+}
+
+/// What is known of the node before anything is attached.
+async fn first_facts(node: &Node, netlink: &Netlink) -> io::Result<Facts> {
+    let links = netlink.list().await?.into_iter().map(|link| (link.index, link)).collect();
+    Ok(Facts::new(node, &links, &netlink.addresses().await?))
+}
+
+fn publish(status: &Mutex<Status>, change: impl FnOnce(&mut Status)) {
+    change(&mut status.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// Asks for interfaces of which the kernel does not tell by itself that they changed.

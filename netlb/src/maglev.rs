@@ -14,7 +14,9 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Algorithm, Backend, BackendState};
+#[cfg(test)]
+use crate::model::BackendState;
+use crate::model::{Algorithm, Backend};
 
 /// Sizes of Maglev rings: primes, so that every step visits every slot. Few sizes, because another size moves nearly
 /// every flow.
@@ -40,19 +42,25 @@ struct Member {
 }
 
 impl Members {
-    pub(crate) fn of(backends: &[Backend]) -> Self {
-        let accepts = |backend: &Backend| backend.state == BackendState::Active;
-        let (mut accepting, mut draining) = (Vec::with_capacity(backends.len()), Vec::new());
-        for backend in backends {
-            if accepts(backend) {
-                accepting.push(Member { address: backend.address, weight: backend.weight.get().into() });
-            } else {
-                draining.push(backend.address);
-            }
-        }
+    /// Those that take new flows, and those that drain, which may be among the former.
+    pub(crate) fn new<'a>(
+        accepting: impl Iterator<Item = &'a Backend>,
+        draining: impl Iterator<Item = &'a Backend>,
+    ) -> Self {
+        let member = |backend: &Backend| Member { address: backend.address, weight: backend.weight.get().into() };
+        let mut accepting: Vec<_> = accepting.map(member).collect();
         accepting.sort_unstable_by_key(|member| member.address);
+        let is_new = |address: &SocketAddr| accepting.binary_search_by_key(address, |member| member.address).is_err();
+        let mut draining: Vec<_> = draining.map(|backend| backend.address).filter(is_new).collect();
         draining.sort_unstable();
         Self(accepting, draining)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(backends: &[Backend]) -> Self {
+        let accepts = |backend: &&Backend| backend.state == BackendState::Active;
+        let draining = backends.iter().filter(|backend| !accepts(backend));
+        Self::new(backends.iter().filter(accepts), draining)
     }
 
     pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {

@@ -26,10 +26,12 @@ pub struct Resolved<'a> {
     /// Those of the whole cluster that take new flows, and of this node: what policies choose from.
     pub cluster: Vec<&'a Backend>,
     pub local: Vec<&'a Backend>,
-    /// Take no new flows and keep those they have.
+    /// Keep the flows they have and get no new ones, but for those that are the last resort of a set.
     pub draining: Vec<&'a Backend>,
     /// Whether any backend of the service keeps its datagrams. Where none does, they are left where they are.
     pub has_serving: bool,
+    /// Whether the node itself is a client that the source ranges let in.
+    pub ranges_have_node: bool,
 }
 
 /// Whose backends take flows.
@@ -92,8 +94,12 @@ impl<'a> Resolved<'a> {
                 backends.iter().filter(|backend| backend.is_ready()).filter(is_local).collect(),
                 || backends.iter().filter(is_local),
             ),
-            draining: backends.iter().filter(|backend| backend.state == BackendState::Draining).collect(),
+            draining: backends.iter().filter(|backend| keeps_flows_only(backend)).collect(),
             has_serving: backends.iter().any(|backend| backend.conditions.serving),
+            ranges_have_node: {
+                let ranges = &service.definition().source_ranges;
+                ranges.iter().any(|range| node.addresses.iter().any(|address| range.contains(address)))
+            },
         }
     }
 
@@ -110,6 +116,10 @@ impl<'a> Resolved<'a> {
     pub fn drops(&self, set: Set) -> bool {
         self.set(set).is_empty() && !(self.cluster.is_empty() && self.local.is_empty())
     }
+}
+
+const fn keeps_flows_only(backend: &Backend) -> bool {
+    matches!(backend.state, BackendState::Draining) || (!backend.is_ready() && backend.conditions.serving)
 }
 
 /// The ready backends that are meant for clients of this node: hints count if every backend has them and one names us.
@@ -141,7 +151,9 @@ fn or_last_resort<'a, I: Iterator<Item = &'a Backend>>(
     if ready.is_empty() { all().filter(|backend| backend.is_last_resort()).collect() } else { ready }
 }
 
-fn frontends(service: &Service, node: &Node) -> Vec<ResolvedFrontend> {
+/// Where a service is reached on a node.
+#[must_use]
+pub fn frontends(service: &Service, node: &Node) -> Vec<ResolvedFrontend> {
     let definition = service.definition();
     let internal = rules(Kind::Cluster, service);
     let external = rules(Kind::External, service);

@@ -166,8 +166,9 @@ impl Dataplane for MemoryDataplane {
         }
     }
 
-    fn tick(&mut self, _now: SystemTime) {
+    fn tick(&mut self, _now: SystemTime) -> ApplyReport {
         self.lock().ticks += 1;
+        ApplyReport::default()
     }
 }
 

@@ -69,6 +69,9 @@ impl From<ControlError> for ApiError {
     fn from(error: ControlError) -> Self {
         let code = match &error {
             ControlError::Change(change) => return change.clone().into(),
+            ControlError::Apply { source: held @ ApplyError::Held { .. }, .. } => {
+                return Self::new(StatusCode::CONFLICT, "conflict", format!("{error}: {held}"));
+            }
             ControlError::Apply { source: ApplyError::MapFull { .. }, .. } => "map_full",
             ControlError::Apply { source: ApplyError::Kernel(_), .. } => "not_programmed",
             ControlError::Store(_) => "not_stored",

@@ -4,13 +4,23 @@ use std::{fmt, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::{duration::format_duration, glob::Glob, parse_duration};
+use super::{Cidrs, NodePortAddresses, duration::format_duration, glob::Glob, parse_duration};
 use crate::text::deserialize_text;
 
 /// `[node]`: which interfaces carry service traffic, and how packets leave.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Node {
+    /// As backends' places name it; the host's name if there is none.
+    pub name: Option<String>,
+    pub zone: Option<String>,
+    pub node_port_addresses: NodePortAddresses,
+    /// The addresses of this node's pods, whatever interface their packets come in on.
+    pub pod_cidrs: Cidrs,
+    /// Addresses that are services' or nobody's.
+    pub owned_cidrs: Cidrs,
+    /// Whether services' addresses among those answer echo requests.
+    pub echo: bool,
     /// Host side interfaces of pods.
     pub pod_interfaces: Vec<Glob>,
     pub uplinks: Vec<Glob>,
@@ -20,6 +30,26 @@ pub struct Node {
     pub tcx_order: TcxOrder,
     pub attach: Attach,
     pub xdp: Xdp,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            name: None,
+            zone: None,
+            node_port_addresses: NodePortAddresses::Primary,
+            pod_cidrs: Cidrs::default(),
+            owned_cidrs: Cidrs::default(),
+            echo: true,
+            pod_interfaces: Vec::new(),
+            uplinks: Vec::new(),
+            bridges: Vec::new(),
+            forwarding: Forwarding::default(),
+            tcx_order: TcxOrder::default(),
+            attach: Attach::default(),
+            xdp: Xdp::default(),
+        }
+    }
 }
 
 /// How a translated packet leaves.

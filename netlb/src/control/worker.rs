@@ -147,10 +147,11 @@ impl Worker {
 
     /// Programs, stores and acknowledges what is in the desired state already, or takes it back.
     fn carry_out(&mut self, tried: Vec<Tried>) {
-        self.program_touched();
-        let failed = |tried: &Tried| {
-            tried.edited.iter().find_map(|name| Some((name.clone(), self.out_of_sync.get(name)?.clone())))
-        };
+        let before = self.program_touched();
+        // What another service has is no reason to refuse a change that has nothing to do with it.
+        let is_old = |name: &String, error: &ApplyError| error.is_partial() && before.get(name) == Some(error);
+        let problem = |name: &String| self.out_of_sync.get(name).filter(|error| !is_old(name, error));
+        let failed = |tried: &Tried| tried.edited.iter().find_map(|name| Some((name.clone(), problem(name)?.clone())));
         if let Some((service, source)) = tried.iter().find_map(failed) {
             let mut waiting = self.take_back(tried);
             self.program_touched();
@@ -206,14 +207,15 @@ impl Worker {
         self.retry_at = (!self.out_of_sync.is_empty()).then(|| SystemTime::now() + RETRY);
     }
 
-    /// Makes the data plane serve the desired state where edits have touched it.
-    fn program_touched(&mut self) {
+    /// Makes the data plane serve the desired state where edits have touched it. Returns what was wrong with those services before.
+    fn program_touched(&mut self) -> OutOfSync {
         let touched = self.desired.take_touched();
         let report = self.dataplane.apply_touched(&touched);
         let before = touched.iter().filter_map(|touched| self.out_of_sync.remove_entry(&touched.name)).collect();
         self.note(report, &before);
         // What failed before may find room now. It is tried off the path of the change.
         self.retry_at = (!self.out_of_sync.is_empty()).then(SystemTime::now);
+        before
     }
 
     /// Takes note of what came of an apply, and tells the operator what is new.
@@ -242,7 +244,13 @@ impl Worker {
     }
 
     pub(super) fn tick(&mut self, now: SystemTime) {
-        self.dataplane.tick(now);
+        let report = self.dataplane.tick(now);
+        if report.changed > 0 || !report.failed.is_empty() {
+            let before = self.out_of_sync.clone();
+            self.note(report, &before);
+            // What failed before may be served now, and what stays out of sync is told from it by trying all.
+            self.retry_at = (!self.out_of_sync.is_empty()).then_some(now);
+        }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.program();
         }

@@ -12,7 +12,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use netlb_common::network::Networks;
 
 use self::{
     counts::Counts,
@@ -23,9 +22,10 @@ use self::{
 };
 use super::Programmer;
 use crate::{
-    config::{Config, Forwarding, LogLevel, Xdp},
+    config::{Config, Forwarding, LogLevel, Node, NodePortAddresses, SocketScope, Xdp},
     dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats, Touched},
-    interfaces::Interfaces,
+    interfaces::{Interfaces, facts::Facts},
+    resolve,
 };
 
 pub use self::maps::KernelMaps;
@@ -49,6 +49,7 @@ pub(crate) use self::links::detach_all;
 /// The data plane, loaded.
 pub struct Datapath {
     programmer: Programmer<KernelMaps>,
+    site: Site,
     interfaces: Interfaces,
     sockets: Sockets,
     counts: Counts,
@@ -65,6 +66,45 @@ impl fmt::Debug for Datapath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Datapath").field("forwarding", &self.forwarding).finish_non_exhaustive()
     }
+}
+
+/// What the configuration says of the node.
+struct Site {
+    name: String,
+    zone: Option<String>,
+    node_port_addresses: NodePortAddresses,
+    serves_sockets: bool,
+}
+
+impl Site {
+    fn new(config: &Config) -> Self {
+        let Node { name, zone, node_port_addresses, .. } = &config.node;
+        Self {
+            name: name.clone().unwrap_or_else(host_name),
+            zone: zone.clone(),
+            node_port_addresses: node_port_addresses.clone(),
+            serves_sockets: config.socket.scope != SocketScope::Off,
+        }
+    }
+
+    fn node(&self, facts: &Facts) -> resolve::Node {
+        let Facts { addresses, primary } = facts;
+        resolve::Node {
+            name: self.name.clone(),
+            zone: self.zone.clone(),
+            node_port_addresses: self.node_port_addresses.of(addresses, primary),
+            addresses: addresses.clone(),
+            serves_sockets: self.serves_sockets,
+        }
+    }
+}
+
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|error| {
+        tracing::warn!("cannot read the host's name, by which backends on this node are known: {error}");
+        String::new()
+    });
+    name.trim().to_owned()
 }
 
 /// What is left to do after the first apply.
@@ -96,23 +136,26 @@ impl Datapath {
             snat: config.snat,
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
-            owned: Networks::NONE,
-            pods: Networks::NONE,
-            echo: true,
+            owned: layout::networks(config.node.owned_cidrs.networks()),
+            pods: layout::networks(config.node.pod_cidrs.networks()),
+            echo: config.node.echo,
             xdp: config.node.xdp != Xdp::Off,
             sockets: config.socket.scope,
         };
         let mut loaded = load::load(&options, pins)?;
-        let programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;
+        let mut programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;
         let counts = Counts::new(&mut loaded.ebpf)?;
         if config.log.dataplane != LogLevel::Off {
             logs::forward(&mut loaded.ebpf).context("cannot read the log of the BPF programs")?;
         }
         let attacher = Attacher::new(&mut loaded.ebpf, pins.clone(), &config.node)?;
         let interfaces = Interfaces::open(&config.node, Box::new(attacher))?;
+        let site = Site::new(config);
+        programmer.set_node(site.node(&interfaces.status().facts));
         let sockets = Sockets::open(loaded.sockets, &loaded.memory, pins.clone(), &config.socket);
         Ok(Self {
             programmer,
+            site,
             interfaces,
             sockets,
             counts,
@@ -224,8 +267,13 @@ impl Dataplane for Datapath {
         }
     }
 
-    fn tick(&mut self, now: SystemTime) {
+    fn tick(&mut self, now: SystemTime) -> ApplyReport {
         self.programmer.tick(now);
+        let report = self.programmer.set_node(self.site.node(&self.interfaces.status().facts));
+        if report.changed > 0 {
+            self.sockets.check_connected();
+        }
+        report
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A change is written beside what is in force, and comes into force by one store per frontend: frontends and backends,
 //! ring and members, the [`Config`] that names them, the ways back (`OWNERS`, address filter), and only then
-//! `SERVICES`. What it replaces lies still until no packet can be reading it ([`Maps::grace`]). Changes do not wait for
+//! `SERVICES`. A frontend that treats flows from outside in its own way has a second entry there, which is written before
+//! the first one that sends packets to it, and removed after it. What it replaces lies still until no packet can be reading it ([`Maps::grace`]). Changes do not wait for
 //! that: [`Programmer::tick`] begins to wait and a later one sees the end. Only where room is short, a change waits.
 //!
 //! Numbers of frontends and backends stand in the slots of flows. So they outlive what they were made for: only when a
@@ -26,10 +27,12 @@ use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
     filter,
     maps::{Config, ConfigRef, EndpointKey, MemberLine, RingLine},
-    time::Ticks,
+    time::{Ticks, ticks_from_seconds},
 };
 
 use self::{
+    addresses::{Addresses, Range},
+    plan::{Held, Plan, Pool, Pools, base, outside},
     regions::Regions,
     release::{Resting, Retired, Waiting},
     shared::{BitCounts, OwnerLists},
@@ -40,14 +43,17 @@ use crate::{
     dataplane::{ApplyError, ApplyReport, Desired, Touched},
     maglev::{self, Members},
     model::{Frontend, Protocol, Service},
+    resolve::{self, Node, Resolved},
 };
 
+mod addresses;
 mod adopt;
 mod change;
 mod clock;
 mod flows;
 #[cfg(test)]
 mod memory;
+mod plan;
 mod regions;
 mod release;
 mod shared;
@@ -65,6 +71,7 @@ pub struct Programmer<M: Maps> {
     maps: M,
     clock: Box<dyn Fn() -> Ticks + Send>,
     sizes: Sizes,
+    node: Arc<Node>,
     services: Table<Entry>,
     /// Numbers of services, those included that are removed and still have flows.
     names: HashMap<String, u32>,
@@ -72,6 +79,14 @@ pub struct Programmer<M: Maps> {
     backends: Table<Endpoint>,
     /// What is in force: the entries of `SERVICES`.
     served: HashMap<EndpointKey, Served>,
+    /// Services that do without frontends which others hold.
+    contested: BTreeSet<u32>,
+    addresses: Addresses,
+    /// Entries of `SOURCE_RANGES`.
+    source_ranges: u32,
+    /// Where the sweep of `AFFINITY` goes on; entries that it met, and all that it met the last time.
+    swept_affinity: Option<u32>,
+    affinities: (u64, u64),
     configs: Table<()>,
     rings: Regions,
     members: Regions,
@@ -81,7 +96,7 @@ pub struct Programmer<M: Maps> {
     retired: Retired,
     resting: Option<Resting>,
     waiting: Waiting,
-    /// During an [`apply`](Self::apply): frontends that go from one service to another.
+    /// During an [`apply`](Self::apply): frontends that go from one service to another, each with both its entries.
     moving: HashSet<EndpointKey>,
     /// Of the last config that was written.
     generation: u32,
@@ -102,6 +117,13 @@ struct Entry {
     /// By endpoint, those included that are removed and may have flows.
     frontends: HashMap<EndpointKey, u32>,
     backends: HashMap<EndpointKey, u32>,
+    /// That are services', because of this one.
+    addresses: Vec<Addr>,
+    ranges: Vec<Range>,
+    /// Ticks for which its clients keep their backends.
+    affinity: u32,
+    /// What it does without, because others hold it.
+    held: Vec<Held>,
     /// The last [`Programmer::round`] in which it was wanted.
     wanted: u64,
 }
@@ -134,7 +156,17 @@ struct Served {
 
 impl Entry {
     fn new(name: Option<String>, programmed: State) -> Self {
-        Self { name, programmed, frontends: HashMap::new(), backends: HashMap::new(), wanted: 0 }
+        Self {
+            name,
+            programmed,
+            frontends: HashMap::new(),
+            backends: HashMap::new(),
+            addresses: Vec::new(),
+            ranges: Vec::new(),
+            affinity: 0,
+            held: Vec::new(),
+            wanted: 0,
+        }
     }
 
     /// Whether there is more of it than flows.
@@ -155,11 +187,17 @@ impl<M: Maps> Programmer<M> {
         let mut programmer = Self {
             maps,
             sizes,
+            node: Arc::default(),
             services: Table::new(sizes.frontends),
             names: HashMap::new(),
             frontends: Table::new(sizes.frontends),
             backends: Table::new(sizes.backends),
             served: HashMap::new(),
+            contested: BTreeSet::new(),
+            addresses: Addresses::default(),
+            source_ranges: 0,
+            swept_affinity: None,
+            affinities: (0, 0),
             configs: Table::new(sizes.configs),
             rings: Regions::new(sizes.ring_slots, RingLine::SLOTS),
             members: Regions::new(sizes.members, MemberLine::MEMBERS),
@@ -189,6 +227,36 @@ impl<M: Maps> Programmer<M> {
         &mut self.maps
     }
 
+    /// Says what is known of this node, and programs the services that this makes others.
+    pub fn set_node(&mut self, node: Node) -> ApplyReport {
+        let start = Instant::now();
+        if *self.node == node {
+            return ApplyReport::default();
+        }
+        let before = std::mem::replace(&mut self.node, Arc::new(node));
+        self.set_node_addresses();
+        let Node { name, zone, serves_sockets, .. } = &*before;
+        let only_addresses =
+            (name, zone, serves_sockets) == (&self.node.name, &self.node.zone, &self.node.serves_sockets);
+        let may_differ = |service: &Service| {
+            !only_addresses || plan::is_on_node(service) || !service.definition().source_ranges.is_empty()
+        };
+        let differs = |service: &Arc<Service>| {
+            may_differ(service) && Resolved::new(service, &before) != Resolved::new(service, &self.node)
+        };
+        let entries = self.services.iter().filter_map(|(_, entry)| match &entry.programmed {
+            State::As(service) => Some(service),
+            State::Unknown | State::Removed => None,
+        });
+        let pending: Vec<_> = entries.filter(|service| differs(service)).cloned().collect();
+        let report = if pending.is_empty() { ApplyReport::default() } else { self.carry_out(pending, Vec::new()) };
+        ApplyReport { took: start.elapsed(), ..report }
+    }
+
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// Makes the maps serve exactly these services. Idempotent; a failure stays with its service, which keeps what it
     /// had.
     pub fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
@@ -198,6 +266,7 @@ impl<M: Maps> Programmer<M> {
         self.recognise(&pending);
         let unwanted = self.unwanted();
         let report = self.carry_out(pending, unwanted);
+        self.know_addresses();
         ApplyReport { took: start.elapsed(), ..report }
     }
 
@@ -216,30 +285,97 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Removes services and programs others.
-    fn carry_out(&mut self, mut pending: Vec<&Arc<Service>>, unwanted: Vec<u32>) -> ApplyReport {
+    fn carry_out(&mut self, mut pending: Vec<Arc<Service>>, unwanted: Vec<u32>) -> ApplyReport {
         let mut report = ApplyReport::default();
-        self.moving = self.moving(&pending);
+        let node = Arc::clone(&self.node);
+        self.add_concerned(&mut pending, &unwanted);
+        let mut plans: Vec<_> = pending.iter().map(|service| Plan::new(service, &node)).collect();
+        self.settle_claims(&mut plans, &unwanted);
+        self.moving = self.moving(&plans);
         self.remove_unwanted(unwanted, &mut report);
         let mut retries = RETRIES;
+        let mut left: Vec<_> = plans.iter().collect();
         loop {
             let freed = self.freed;
-            let failed = self.program_all(&pending, &mut report);
+            let failed = self.program_all(&left, &mut report);
             let no_room = failed.iter().any(|(_, error)| matches!(error, ApplyError::MapFull { .. }));
             if no_room && retries > 0 {
                 self.reclaim();
             }
             if !no_room || retries == 0 || self.freed == freed {
-                report.failed.extend(failed.into_iter().map(|(service, error)| (service.name().to_owned(), error)));
+                report.failed.extend(failed.into_iter().map(|(plan, error)| (plan.service.name().to_owned(), error)));
                 break;
             }
-            pending = failed.into_iter().map(|(service, _)| service).collect();
+            left = failed.into_iter().map(|(plan, _)| plan).collect();
             retries -= 1;
         }
         self.end_moves(&mut report);
+        self.forget_addresses();
+        for plan in &plans {
+            let name = plan.service.name();
+            if let Some(Held { frontend, by }) = plan.held.first()
+                && !report.failed.iter().any(|(failed, _)| failed == name)
+            {
+                let error = ApplyError::Held { frontend: *frontend, holder: by.clone() };
+                report.failed.push((name.to_owned(), error));
+            }
+        }
         if report.changed > 0 {
             self.waiting.hurry();
         }
         report
+    }
+
+    /// Adds the services that gain or lose addresses of the node by what is pending: others name them, or do so no more.
+    fn add_concerned(&self, pending: &mut Vec<Arc<Service>>, unwanted: &[u32]) {
+        let index = |service: &Service| self.names.get(service.name()).copied();
+        let mut known: HashSet<_> = pending.iter().filter_map(|service| index(service)).collect();
+        known.extend(unwanted);
+        let mut concerned: BTreeSet<_> = self.contested.iter().copied().collect();
+        for service in &*pending {
+            let index = index(service);
+            for claim in service.claims() {
+                let holder = self.served.get(&frontend_key(&claim)).map(|served| served.config.service);
+                concerned.extend(holder.filter(|holder| Some(*holder) != index));
+            }
+        }
+        for index in concerned.difference(&known.iter().copied().collect()) {
+            if let Some(State::As(service)) = self.services.get(*index).map(|entry| &entry.programmed)
+                && plan::is_on_node(service)
+            {
+                pending.push(Arc::clone(service));
+            }
+        }
+    }
+
+    /// Who names an address of the node has it, whoever has its port on all of them.
+    fn settle_claims(&self, plans: &mut [Plan<'_>], unwanted: &[u32]) {
+        let on_node: Vec<_> = (0..plans.len()).filter(|number| plan::is_on_node(plans[*number].service)).collect();
+        if on_node.is_empty() {
+            return;
+        }
+        let wanted: HashSet<_> = on_node.iter().flat_map(|number| plans[*number].keys()).collect();
+        let mut holders = HashMap::new();
+        for plan in &*plans {
+            for key in plan.service.claims().map(|claim| frontend_key(&claim)).filter(|key| wanted.contains(key)) {
+                holders.insert(key, plan.service.name().to_owned());
+            }
+        }
+        let planned: HashSet<_> = plans.iter().map(|plan| plan.service.name()).collect();
+        for key in wanted {
+            let Some(served) = self.served.get(&key) else { continue };
+            let index = served.config.service;
+            if let Some(State::As(service)) = self.services.get(index).map(|entry| &entry.programmed)
+                && !planned.contains(service.name())
+                && !unwanted.contains(&index)
+                && frontend_of(&key).is_some_and(|frontend| plan::names(service, &frontend))
+            {
+                holders.entry(key).or_insert_with(|| service.name().to_owned());
+            }
+        }
+        for number in on_node {
+            plans[number].yield_to(|key| holders.get(key).cloned());
+        }
     }
 
     /// Entries in use and entries there are, by map.
@@ -254,6 +390,9 @@ impl<M: Maps> Programmer<M> {
             ("OWNERS", (self.owners.len() as u64, owners.into())),
             ("RINGS", table(self.rings.used(), self.rings.size())),
             ("MEMBERS", table(self.members.used(), self.members.size())),
+            ("ADDRESSES", table(self.addresses.written.len() as u32, self.sizes.addresses)),
+            ("SOURCE_RANGES", table(self.source_ranges, self.sizes.source_ranges)),
+            ("AFFINITY", (self.affinities.1, self.sizes.affinities.into())),
             ("flows", self.flow_slots()),
         ];
         usage.into_iter().map(|(name, (entries, size))| (name, entries, size)).collect()
@@ -265,13 +404,14 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// The services that are not as they are wanted.
-    fn compare<'a>(&mut self, desired: impl Iterator<Item = &'a Arc<Service>>) -> Vec<&'a Arc<Service>> {
+    fn compare<'a>(&mut self, desired: impl Iterator<Item = &'a Arc<Service>>) -> Vec<Arc<Service>> {
         let mut pending = Vec::new();
         for service in desired {
             let entry = self.names.get(service.name()).and_then(|index| self.services.get_mut(*index));
             if let Some(entry) = entry {
                 entry.wanted = self.round;
-                if let State::As(programmed) = &mut entry.programmed
+                if entry.held.is_empty()
+                    && let State::As(programmed) = &mut entry.programmed
                     && (Arc::ptr_eq(programmed, service) || programmed == service)
                 {
                     // One in memory is enough.
@@ -279,19 +419,19 @@ impl<M: Maps> Programmer<M> {
                     continue;
                 }
             }
-            pending.push(service);
+            pending.push(Arc::clone(service));
         }
         pending
     }
 
     /// Gives services found in the maps the names of those that want their frontends.
-    fn recognise(&mut self, pending: &[&Arc<Service>]) {
-        if self.round > 1 {
+    fn recognise(&mut self, pending: &[Arc<Service>]) {
+        if self.round > 1 || self.services.len() == 0 {
             return;
         }
         for service in pending.iter().filter(|service| !self.names.contains_key(service.name())).collect::<Vec<_>>() {
-            for frontend in service.frontends() {
-                let Some(served) = self.served.get(&frontend_key(frontend)) else { continue };
+            for frontend in resolve::frontends(service, &self.node) {
+                let Some(served) = self.served.get(&frontend_key(&frontend.frontend)) else { continue };
                 let index = served.config.service;
                 if let Some(entry) = self.services.get_mut(index)
                     && entry.name.is_none()
@@ -306,11 +446,11 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// The frontends that another service has now.
-    fn moving(&self, pending: &[&Arc<Service>]) -> HashSet<EndpointKey> {
+    fn moving(&self, plans: &[Plan<'_>]) -> HashSet<EndpointKey> {
         let mut moving = HashSet::new();
-        for service in pending {
-            let index = self.names.get(service.name()).copied();
-            for key in service.frontends().iter().map(frontend_key) {
+        for plan in plans {
+            let index = self.names.get(plan.service.name()).copied();
+            for key in plan.keys() {
                 if self.served.get(&key).is_some_and(|served| Some(served.config.service) != index) {
                     moving.insert(key);
                 }
@@ -335,32 +475,34 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Programs services one after the other, and returns those that failed.
-    fn program_all<'a>(
+    fn program_all<'a, 'b>(
         &mut self,
-        pending: &[&'a Arc<Service>],
+        plans: &[&'a Plan<'b>],
         report: &mut ApplyReport,
-    ) -> Vec<(&'a Arc<Service>, ApplyError)> {
+    ) -> Vec<(&'a Plan<'b>, ApplyError)> {
         let mut failed = Vec::new();
-        let mut program = |services: &[&'a Arc<Service>], rings: Vec<(Members, Arc<[u16]>)>| {
-            for (service, (members, ring)) in services.iter().zip(rings) {
-                match self.program(service, &members, &ring) {
+        let node = Arc::clone(&self.node);
+        let mut program = |plans: &[&'a Plan<'b>], pools: Vec<Pools>| {
+            for (plan, pools) in plans.iter().zip(pools) {
+                match self.program(plan, &pools) {
                     Ok(changed) => report.changed += usize::from(changed),
-                    Err(error) => failed.push((*service, error)),
+                    Err(error) => failed.push((*plan, error)),
                 }
             }
         };
-        if pending.len() <= CHUNK {
-            program(pending, rings(pending));
+        if plans.len() <= CHUNK {
+            program(plans, plan::pools(plans, &node));
             return failed;
         }
         thread::scope(|scope| {
             // One chunk is programmed while the next one's rings are built.
             let (sender, built) = mpsc::sync_channel(1);
+            let node = &node;
             scope.spawn(move || {
                 // Whoever would receive it lives as long as there are chunks.
-                pending.chunks(CHUNK).all(|services| sender.send((services, rings(services))).is_ok())
+                plans.chunks(CHUNK).all(|plans| sender.send((plans, plan::pools(plans, node))).is_ok())
             });
-            built.into_iter().for_each(|(services, rings)| program(services, rings));
+            built.into_iter().for_each(|(plans, pools)| program(plans, pools));
         });
         failed
     }
@@ -368,26 +510,47 @@ impl<M: Maps> Programmer<M> {
     /// Takes frontends from services that let go of them for others which could not take them.
     fn end_moves(&mut self, report: &mut ApplyReport) {
         for key in std::mem::take(&mut self.moving) {
-            let Some(index) = self.served.get(&key).map(|served| served.config.service) else { continue };
-            let is_wanted = match self.services.get(index).map(|entry| &entry.programmed) {
-                Some(State::As(service)) => service.frontends().iter().any(|frontend| frontend_key(frontend) == key),
-                Some(State::Unknown) => true,
-                Some(State::Removed) | None => false,
-            };
-            if !is_wanted && let Err(error) = self.withdraw(index, key) {
-                report.failed.push((self.name(index), error));
-                // The next round tries again.
-                if let Some(entry) = self.services.get_mut(index) {
-                    entry.programmed = State::Unknown;
+            for key in [key, outside(key)] {
+                let Some(index) = self.served.get(&key).map(|served| served.config.service) else { continue };
+                if !self.is_wanted(index, &key)
+                    && let Err(error) = self.withdraw_entry(index, key)
+                {
+                    report.failed.push((self.name(index), error));
+                    // The next round tries again.
+                    if let Some(entry) = self.services.get_mut(index) {
+                        entry.programmed = State::Unknown;
+                    }
+                    break;
                 }
             }
         }
     }
 
+    /// Whether a service, as it was programmed last, has an entry of `SERVICES`.
+    fn is_wanted(&self, index: u32, key: &EndpointKey) -> bool {
+        let Some(entry) = self.services.get(index) else { return false };
+        match &entry.programmed {
+            State::As(service) => {
+                let is_it = |frontend: &resolve::ResolvedFrontend| {
+                    frontend_key(&frontend.frontend) == base(*key) && (key.scope == 0 || frontend.outside.is_some())
+                };
+                let is_held = || entry.held.iter().any(|held| frontend_key(&held.frontend) == base(*key));
+                resolve::frontends(service, &self.node).iter().any(is_it) && !is_held()
+            }
+            State::Unknown => true,
+            State::Removed => false,
+        }
+    }
+
     /// Ends the service of a frontend, unless the frontend is another service's by now or about to be.
     fn withdraw(&mut self, service: u32, key: EndpointKey) -> Result<(), ApplyError> {
+        self.withdraw_entry(service, key)?;
+        self.withdraw_entry(service, outside(key))
+    }
+
+    fn withdraw_entry(&mut self, service: u32, key: EndpointKey) -> Result<(), ApplyError> {
         let Some(served) = self.served.get(&key).copied() else { return Ok(()) };
-        if served.config.service != service || self.moving.contains(&key) {
+        if served.config.service != service || self.moving.contains(&base(key)) {
             return Ok(());
         }
         match self.maps.remove_service(&key) {
@@ -420,7 +583,12 @@ impl<M: Maps> Programmer<M> {
         }
         if let Some(entry) = self.services.get_mut(index) {
             entry.programmed = State::Removed;
+            entry.held.clear();
+            let (addresses, ranges) = (entry.addresses.clone(), entry.ranges.clone());
+            self.drop_addresses(index, &addresses);
+            self.drop_ranges(index, &ranges);
         }
+        self.contested.remove(&index);
         self.dissolve(index);
         Ok(())
     }
@@ -463,14 +631,6 @@ impl<M: Maps> Programmer<M> {
             filter::bit(Ipv6Be::from_map(key.addr), kind, bits)
         }
     }
-}
-
-/// The members and the ring of each service.
-fn rings(services: &[&Arc<Service>]) -> Vec<(Members, Arc<[u16]>)> {
-    let members: Vec<_> = services.iter().map(|service| Members::of(service.backends())).collect();
-    let jobs: Vec<_> = members.iter().zip(services).map(|(all, service)| (all, service.algorithm())).collect();
-    let rings = maglev::rings(&jobs);
-    members.into_iter().zip(rings).collect()
 }
 
 impl<M: Maps> fmt::Debug for Programmer<M> {

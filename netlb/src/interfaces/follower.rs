@@ -6,6 +6,7 @@ use netlb_common::maps::Interface;
 
 use super::{
     Attached, Hooks, Status,
+    facts::{Address, Facts},
     link::{Kind, Link, Role, announcement, problem, role},
 };
 use crate::{
@@ -18,6 +19,7 @@ pub(super) struct Follower {
     hooks: Box<dyn Hooks>,
     /// All interfaces, by index.
     links: BTreeMap<u32, Link>,
+    addresses: Vec<Address>,
     /// Those that match.
     matching: BTreeMap<u32, Matching>,
 }
@@ -48,7 +50,7 @@ enum Effort {
 
 impl Follower {
     pub(super) fn new(node: Node, hooks: Box<dyn Hooks>) -> Self {
-        Self { node, hooks, links: BTreeMap::new(), matching: BTreeMap::new() }
+        Self { node, hooks, links: BTreeMap::new(), addresses: Vec::new(), matching: BTreeMap::new() }
     }
 
     /// Goes by a new list of all interfaces. Programs that something took off an interface are put back, and what an earlier daemon left
@@ -65,6 +67,15 @@ impl Follower {
                 self.take_off(index);
             }
         }
+    }
+
+    /// Goes by a new list of all addresses.
+    pub(super) fn set_addresses(&mut self, addresses: Vec<Address>) {
+        self.addresses = addresses;
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        Facts::new(&self.node, &self.links, &self.addresses)
     }
 
     /// An interface is there, or has changed.
@@ -210,7 +221,11 @@ impl Follower {
                 Outcome::Refused(problem) => Some((*problem).to_owned()),
             },
         };
-        Status { interfaces: self.matching.iter().map(status).collect(), warnings: self.unmatched() }
+        Status {
+            interfaces: self.matching.iter().map(status).collect(),
+            warnings: self.unmatched(),
+            facts: self.facts(),
+        }
     }
 
     /// Patterns that nothing matches: perhaps misspelled, perhaps early.

@@ -11,6 +11,7 @@ pub(super) struct Link {
     pub(super) name: String,
     /// Its frames begin with an Ethernet header.
     pub(super) is_ethernet: bool,
+    pub(super) is_loopback: bool,
     pub(super) kind: Kind,
     /// Index of the bridge, bond, … it belongs to.
     pub(super) master: Option<u32>,
@@ -102,6 +103,7 @@ pub(super) mod tests {
             index,
             name: name.to_owned(),
             is_ethernet: true,
+            is_loopback: false,
             kind: Kind::Other,
             master: None,
             peer: None,

@@ -13,6 +13,7 @@ use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
+        address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
     },
@@ -20,7 +21,10 @@ use rtnetlink::{
 };
 use tokio::task::JoinHandle;
 
-use super::link::{Kind, Link};
+use super::{
+    facts::Address,
+    link::{Kind, Link},
+};
 
 /// Room for news while we are busy: some thousand messages.
 static BUFFER: libc::c_int = 4 << 20;
@@ -30,6 +34,8 @@ static BUFFER: libc::c_int = 4 << 20;
 pub(super) enum Event {
     Changed(Link),
     Gone(u32),
+    /// Addresses that other hosts may reach.
+    Readdressed,
     /// Routes, or where neighbours are.
     Rerouted,
     /// There were more changes than the socket had room for.
@@ -60,6 +66,8 @@ impl Netlink {
         let (mut listening, _, news) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
             MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ])?;
@@ -102,6 +110,9 @@ impl Netlink {
                 {
                     return Event::Rerouted;
                 }
+                NetlinkPayload::InnerMessage(
+                    RouteNetlinkMessage::NewAddress(message) | RouteNetlinkMessage::DelAddress(message),
+                ) if is_global(&message) => return Event::Readdressed,
                 NetlinkPayload::Overrun(_) => return Event::Lost,
                 _ => {}
             }
@@ -114,6 +125,12 @@ impl Netlink {
         let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
         let messages: Vec<_> = request.execute().try_collect().await.map_err(io::Error::other)?;
         Ok(messages.iter().filter_map(read).collect())
+    }
+
+    /// All addresses that other hosts may reach, in the kernel's order.
+    pub(super) async fn addresses(&self) -> io::Result<Vec<Address>> {
+        let messages: Vec<_> = self.requests.address().get().execute().try_collect().await.map_err(io::Error::other)?;
+        Ok(messages.iter().filter(|message| is_global(message)).filter_map(read_address).collect())
     }
 
     pub(super) async fn get(&self, index: u32) -> io::Result<Option<Link>> {
@@ -173,6 +190,32 @@ fn is_whole(message: &LinkMessage) -> bool {
         && !message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::Wireless(_)))
 }
 
+fn is_global(message: &AddressMessage) -> bool {
+    matches!(message.header.scope, AddressScope::Universe | AddressScope::Site)
+}
+
+fn read_address(message: &AddressMessage) -> Option<Address> {
+    let (mut local, mut address) = (None, None);
+    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            // With a peer this is the peer's, and the other one is ours.
+            AddressAttribute::Address(ip) => address = Some(*ip),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    let has = |flag| flags.contains(flag);
+    Some(Address {
+        index: message.header.index,
+        ip: local.or(address)?,
+        is_usable: !has(AddressFlags::Tentative) && !has(AddressFlags::Dadfailed),
+        is_preferred: !has(AddressFlags::Deprecated),
+        is_secondary: has(AddressFlags::Secondary),
+    })
+}
+
 fn read(message: &LinkMessage) -> Option<Link> {
     if !is_whole(message) {
         return None;
@@ -181,6 +224,7 @@ fn read(message: &LinkMessage) -> Option<Link> {
         index: message.header.index,
         name: String::new(),
         is_ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        is_loopback: message.header.link_layer_type == LinkLayerType::Loopback,
         kind: Kind::Other,
         master: None,
         peer: None,
@@ -236,6 +280,7 @@ mod tests {
             index: 9,
             name: "veth0".to_owned(),
             is_ethernet: true,
+            is_loopback: false,
             kind: Kind::Pair,
             master: Some(5),
             peer: Some(2),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
 use netlb_common::{
     addr::Addr,
     conntrack::State,
@@ -13,6 +14,7 @@ use netlb_common::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
+    network::{Network, Networks},
     snat::{self, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
@@ -29,8 +31,8 @@ const ID_BITS: u32 = 21;
 /// Room in `COUNTERS`. More than there are, so that a new counter is no reason for new maps.
 const COUNTERS: u32 = 64;
 const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
-/// Room in `SOURCE_RANGES` and in `ADDRESSES` for more than services have.
-const SOURCE_RANGES: u32 = 65_536;
+/// Room in `SOURCE_RANGES` for each service, and in `ADDRESSES` for more than services have. Entries take memory when they are made.
+const SOURCE_RANGES: u32 = 4;
 const NODE_ADDRESSES: u32 = 1024;
 /// Room in `AFFINITY`: entries take memory when they are made.
 const AFFINITIES: u32 = 65_536;
@@ -127,6 +129,9 @@ impl Layout {
             ring_slots: ring_slots.next_multiple_of(RingLine::SLOTS),
             // A service's new members are written before the old ones are out of use, and regions may end on a line's end.
             members: (2 * backends + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
+            addresses: services + NODE_ADDRESSES,
+            source_ranges: (SOURCE_RANGES * services).max(NODE_ADDRESSES),
+            affinities: AFFINITIES,
             filter_bits_log2: filter::bits_log2(addresses),
         };
         Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
@@ -152,8 +157,8 @@ impl Layout {
     /// Every map that is pinned, `META` last.
     pub(super) fn maps(&self) -> Vec<Spec> {
         use Kind::{Array, Hash, LruHash, MappedArray, PerCpuArray};
-        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, filter_bits_log2: _ } =
-            self.sizes;
+        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, .. } = self.sizes;
+        let Sizes { addresses, source_ranges, affinities, .. } = self.sizes;
         vec![
             Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
             Spec::array::<Config>("CONFIGS", MappedArray, configs),
@@ -174,9 +179,9 @@ impl Layout {
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
             Spec::hash::<SocketKey, Counterpart>("SOCKETS", LruHash, self.sockets),
-            Spec::hash::<Addr, u32>("ADDRESSES", Hash, services + NODE_ADDRESSES),
-            Spec::trie::<RangeKey, u32>("SOURCE_RANGES", SOURCE_RANGES),
-            Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, AFFINITIES),
+            Spec::hash::<Addr, u32>("ADDRESSES", Hash, addresses),
+            Spec::trie::<RangeKey, u32>("SOURCE_RANGES", source_ranges),
+            Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, affinities),
             Spec::hash::<u64, First>("FRAGMENTS", LruHash, fragment::DATAGRAMS),
             Spec::array::<Region>("HELD", Array, Region::COUNT),
             Spec::array::<HeldFrame>("HELD_FRAMES", Array, Region::COUNT * Region::PLACES),
@@ -214,6 +219,19 @@ pub(super) fn timeouts(timeouts: &Timeouts) -> [u32; State::COUNT] {
 
 fn in_units(state: State, timeout: Duration) -> u32 {
     ticks_from_seconds(timeout.as_secs()).div_ceil(1 << state.unit_shift()) as u32
+}
+
+/// Networks as the programs know them.
+pub(super) fn networks(all: &[IpNet]) -> Networks {
+    let mut networks = Networks::NONE;
+    for (slot, net) in networks.all.iter_mut().zip(all) {
+        *slot = match net {
+            IpNet::V4(net) => Network::new(Addr::from_v4(net.addr().octets()), 96 + u32::from(net.prefix_len())),
+            IpNet::V6(net) => Network::new(Addr::from_bytes(net.addr().octets()), net.prefix_len().into()),
+        };
+        networks.len += 1;
+    }
+    networks
 }
 
 /// The constants of the programs.

@@ -13,19 +13,25 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{
+        HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues,
+        lpm_trie::{Key, LpmTrie},
+    },
     util::nr_cpus,
 };
 use netlb_common::{
+    addr::Addr,
     conntrack::State,
     filter,
-    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, ServiceStats, Tally},
+    maps::{
+        Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey, ServiceStats, Tally,
+    },
     table::{Bucket, Place, Record, Storage},
 };
 
 use super::{layout::Layout, mapping::Mapping, syscall::Grace};
 use crate::{
-    datapath::{Maps, Sizes},
+    datapath::{Maps, Portion, Sizes},
     dataplane::ServiceCounters,
 };
 
@@ -36,6 +42,11 @@ pub struct KernelMaps {
     owners: HashMap<MapData, EndpointKey, Owners>,
     /// The same map.
     owners_fd: OwnedFd,
+    addresses: HashMap<MapData, Addr, u32>,
+    source_ranges: LpmTrie<MapData, RangeKey, u32>,
+    affinities: HashMap<MapData, AffinityKey, Affinity>,
+    /// The same map.
+    affinities_fd: OwnedFd,
     configs: Mapping<Config>,
     backends: Mapping<Backend>,
     frontends: Mapping<Frontend>,
@@ -116,15 +127,21 @@ impl KernelMaps {
     /// Takes the maps out of the loaded object, whose programs have to be loaded as well.
     pub(super) fn new(ebpf: &mut Ebpf, layout: &Layout, timeouts: &[u32; State::COUNT]) -> io::Result<Self> {
         let sizes = layout.sizes;
-        let owners_fd = match ebpf.map("OWNERS") {
-            Some(Map::HashMap(map)) => map.fd().as_fd().try_clone_to_owned()?,
-            _ => return Err(io::Error::other("map OWNERS is not a hash")),
+        let descriptor = |ebpf: &Ebpf, name: &str| match ebpf.map(name) {
+            Some(Map::HashMap(map)) => map.fd().as_fd().try_clone_to_owned(),
+            _ => Err(io::Error::other(format!("map {name} is not a hash"))),
         };
+        let owners_fd = descriptor(ebpf, "OWNERS")?;
+        let affinities_fd = descriptor(ebpf, "AFFINITY")?;
         Ok(Self {
             sizes,
             services: take_hash(ebpf, "SERVICES")?,
             owners: take_hash(ebpf, "OWNERS")?,
             owners_fd,
+            addresses: take_hash(ebpf, "ADDRESSES")?,
+            source_ranges: LpmTrie::try_from(take(ebpf, "SOURCE_RANGES")?).map_err(io_error)?,
+            affinities: take_hash(ebpf, "AFFINITY")?,
+            affinities_fd,
             configs: take_mapped(ebpf, "CONFIGS", sizes.configs)?,
             backends: take_mapped(ebpf, "BACKENDS", sizes.backends)?,
             frontends: take_mapped(ebpf, "FRONTENDS", sizes.frontends)?,
@@ -229,6 +246,43 @@ impl Maps for KernelMaps {
 
     fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
         super::pins::ignore_missing(self.owners.remove(key).map_err(io_error))
+    }
+
+    fn addresses(&self) -> io::Result<Vec<(Addr, u32)>> {
+        self.addresses.iter().collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    fn set_address(&mut self, addr: &Addr, flags: u32) -> io::Result<()> {
+        self.addresses.insert(addr, flags, 0).map_err(io_error)
+    }
+
+    fn remove_address(&mut self, addr: &Addr) -> io::Result<()> {
+        super::pins::ignore_missing(self.addresses.remove(addr).map_err(io_error))
+    }
+
+    fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>> {
+        let keys = self.source_ranges.keys().map(|key| key.map(|key| (key.prefix_len(), key.data())));
+        keys.collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    fn set_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()> {
+        self.source_ranges.insert(&Key::new(bits, *key), 1, 0).map_err(io_error)
+    }
+
+    fn remove_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()> {
+        super::pins::ignore_missing(self.source_ranges.remove(&Key::new(bits, *key)).map_err(io_error))
+    }
+
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>> {
+        super::syscall::lookup_batch(self.affinities_fd.as_fd(), from, most)
+    }
+
+    fn remove_affinity(&mut self, key: &AffinityKey, seen: Affinity) -> io::Result<()> {
+        match self.affinities.get(key, 0).map_err(io_error) {
+            Ok(now) if now == seen => super::pins::ignore_missing(self.affinities.remove(key).map_err(io_error)),
+            Ok(_) => Ok(()),
+            Err(error) => super::pins::ignore_missing(Err(error)),
+        }
     }
 
     fn ring(&self, offset: u32, len: u32) -> Vec<u16> {

@@ -14,6 +14,8 @@ use std::{
 
 use aya::Pod;
 
+use crate::datapath::Portion;
+
 /// `enum bpf_cmd` in linux/bpf.h.
 mod command {
     pub(super) const MAP_CREATE: libc::c_int = 0;
@@ -22,6 +24,7 @@ mod command {
     pub(super) const OBJ_GET: libc::c_int = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
     pub(super) const PROG_QUERY: libc::c_int = 16;
+    pub(super) const MAP_LOOKUP_BATCH: libc::c_int = 24;
     pub(super) const MAP_UPDATE_BATCH: libc::c_int = 26;
     pub(super) const LINK_CREATE: libc::c_int = 28;
     pub(super) const LINK_UPDATE: libc::c_int = 29;
@@ -169,20 +172,21 @@ pub(super) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(command::LINK_DETACH, &mut [raw(link)]).map(drop)
 }
 
+#[derive(Default)]
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
 /// Sets entries of a hash map, all in one call (since Linux 5.6). After an error those before it are set.
 pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
-    #[derive(Default)]
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map: u32,
-        element_flags: u64,
-        flags: u64,
-    }
     assert_eq!(keys.len(), values.len());
     if keys.is_empty() {
         return Ok(());
@@ -190,6 +194,33 @@ pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], valu
     let (count, map) = (keys.len() as u32, raw(map));
     let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
     bpf(command::MAP_UPDATE_BATCH, &mut Batch { keys, values, count, map, ..Batch::default() }).map(drop)
+}
+
+/// Some entries of a hash map, and where the next ones begin if there are more. What comes or goes meanwhile does not disturb that: the
+/// kernel counts buckets.
+pub(super) fn lookup_batch<K: Pod + Default, V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    from: Option<u32>,
+    most: usize,
+) -> io::Result<Portion<K, V>> {
+    let (mut keys, mut values) = (vec![K::default(); most], vec![V::default(); most]);
+    let (first, mut next) = (from.unwrap_or_default(), 0_u32);
+    let mut batch = Batch {
+        in_batch: from.map_or(0, |_| ptr::from_ref(&first) as u64),
+        out_batch: ptr::from_mut(&mut next) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: most as u32,
+        map: raw(map),
+        ..Batch::default()
+    };
+    let next = match bpf(command::MAP_LOOKUP_BATCH, &mut batch) {
+        Ok(_) => Some(next),
+        // With the last ones.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    Ok((keys.into_iter().zip(values).take(batch.count as usize).collect(), next))
 }
 
 /// What the kernel says of a link to an interface.

@@ -13,6 +13,8 @@ impl<M: Maps> Programmer<M> {
                 broken.push(key);
             }
         }
+        // What sends packets to another entry goes before that one.
+        broken.sort_by_key(|key| key.scope);
         self.configs.adopted();
         self.adopt_frontends();
         self.adopt_backends();
@@ -27,6 +29,7 @@ impl<M: Maps> Programmer<M> {
             self.reclaim();
         }
         self.adopt_owners()?;
+        self.adopt_addresses()?;
         self.maps.write_filter(&self.filter.words(self.sizes.filter_bits_log2));
         Ok(())
     }
@@ -43,7 +46,7 @@ impl<M: Maps> Programmer<M> {
         let is_service = (1..self.sizes.frontends).contains(&service);
         let is_frontend = (1..self.sizes.frontends).contains(&frontend) && {
             let record = self.maps.frontend(frontend);
-            frontend_endpoint(&record) == key && record.service == service
+            frontend_endpoint(&record) == base(key) && record.service == service
         };
         if !(is_ours && is_service && is_frontend && (ring_len == 0) == (members_len == 0)) {
             return false;
@@ -78,7 +81,8 @@ impl<M: Maps> Programmer<M> {
         self.configs.adopt(index, || ());
         self.served.insert(key, Served { reference, config });
         self.generation = self.generation.max(config.generation);
-        self.adopted_service(service);
+        let entry = self.adopted_service(service);
+        entry.affinity = entry.affinity.max(config.affinity);
         true
     }
 

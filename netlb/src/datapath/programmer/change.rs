@@ -6,7 +6,10 @@ use netlb_common::{
 };
 
 use super::*;
-use crate::model::{Algorithm, BackendState, SnatMode};
+use crate::{
+    model::Algorithm,
+    resolve::{ResolvedFrontend, Rule},
+};
 
 /// What a change has written so far.
 #[derive(Debug)]
@@ -17,10 +20,14 @@ struct Change {
     backends: Vec<u32>,
     /// Flags before the change.
     raised: Vec<(u32, u8)>,
-    /// Held while the change goes on.
-    ring: Option<u32>,
+    /// By pool; held while the change goes on.
+    rings: Vec<Option<u32>>,
     members: Vec<Part>,
     configs: Vec<Served>,
+    /// How many of them, from the first on, only take the place of others.
+    in_place: usize,
+    addresses: Vec<Addr>,
+    ranges: Vec<Range>,
     owners: Vec<(EndpointKey, u32)>,
     /// What was in force for the first of `configs`, whose turn has come.
     replaced: Vec<Option<Served>>,
@@ -28,28 +35,25 @@ struct Change {
     is_halfway: bool,
 }
 
-/// The members of a service for one protocol.
+/// The members of a pool for one protocol.
 #[derive(Clone, Copy, Debug)]
 struct Part {
+    pool: usize,
     protocol: u8,
     region: Option<u32>,
 }
 
 impl<M: Maps> Programmer<M> {
     /// Makes a service what it is wanted to be, and says whether it was not.
-    pub(super) fn program(
-        &mut self,
-        service: &Arc<Service>,
-        members: &Members,
-        ring: &[u16],
-    ) -> Result<bool, ApplyError> {
-        let index = match self.names.get(service.name()) {
+    pub(super) fn program(&mut self, plan: &Plan<'_>, pools: &Pools) -> Result<bool, ApplyError> {
+        let name = plan.service.name();
+        let index = match self.names.get(name) {
             Some(index) => *index,
             None => {
-                let entry = Entry::new(Some(service.name().to_owned()), State::Removed);
+                let entry = Entry::new(Some(name.to_owned()), State::Removed);
                 let full = full("SERVICE_STATS", self.services.size(), "limits.services");
                 let index = self.services.insert(entry).ok_or(full)?;
-                self.names.insert(service.name().to_owned(), index);
+                self.names.insert(name.to_owned(), index);
                 index
             }
         };
@@ -58,16 +62,20 @@ impl<M: Maps> Programmer<M> {
             frontends: Vec::new(),
             backends: Vec::new(),
             raised: Vec::new(),
-            ring: None,
+            rings: Vec::new(),
             members: Vec::new(),
             configs: Vec::new(),
+            in_place: 0,
+            addresses: Vec::new(),
+            ranges: Vec::new(),
             owners: Vec::new(),
             replaced: Vec::new(),
             is_halfway: false,
         };
-        let written = self.write(&mut change, service, members, ring);
-        match written.and_then(|()| self.switch(&mut change, service)) {
-            Ok(()) => self.finish(change, service),
+        let flags = plan.backend_flags(&self.node);
+        let written = self.write(&mut change, plan, pools, &flags);
+        match written.and_then(|()| self.switch(&mut change, plan)) {
+            Ok(()) => self.finish(change, plan, &flags),
             Err(error) => {
                 self.take_back(change);
                 Err(error)
@@ -76,37 +84,54 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Writes what no packet reads yet.
-    fn write(
-        &mut self,
-        change: &mut Change,
-        service: &Service,
-        members: &Members,
-        ring: &[u16],
-    ) -> Result<(), ApplyError> {
-        for frontend in service.frontends() {
-            self.write_frontend(change, frontend_key(frontend))?;
+    fn write(&mut self, change: &mut Change, plan: &Plan<'_>, pools: &Pools, flags: &[u8]) -> Result<(), ApplyError> {
+        let backends = plan.service.backends();
+        for key in plan.keys() {
+            self.write_frontend(change, key)?;
         }
         if let Some(entry) = self.services.get_mut(change.service) {
-            entry.backends.reserve(service.backends().len().saturating_sub(entry.backends.len()));
+            entry.backends.reserve(backends.len().saturating_sub(entry.backends.len()));
         }
-        for protocol in protocols(service) {
-            for backend in service.backends() {
-                self.write_backend(change, endpoint_key(backend.address, protocol), flags(backend.state))?;
+        for protocol in plan.protocols() {
+            for (backend, flags) in backends.iter().zip(flags) {
+                self.write_backend(change, endpoint_key(backend.address, protocol), *flags)?;
             }
         }
-        if !ring.is_empty() {
-            change.ring = Some(self.write_ring(ring)?);
+        for pool in &pools.all {
+            let ring = if pool.ring.is_empty() { None } else { Some(self.write_ring(&pool.ring)?) };
+            change.rings.push(ring);
         }
-        for protocol in protocols(service) {
-            let region = match ring {
-                [] => None,
-                _ => Some(self.write_members(change.service, members, protocol)?),
-            };
-            change.members.push(Part { protocol, region });
+        for (number, pool) in pools.all.iter().enumerate() {
+            for protocol in plan.protocols() {
+                let region = match &*pool.ring {
+                    [] => None,
+                    _ => Some(self.write_members(change.service, &pool.members, protocol)?),
+                };
+                change.members.push(Part { pool: number, protocol, region });
+            }
         }
-        for frontend in service.frontends() {
-            self.write_config(change, frontend_key(frontend), service, members, ring)?;
+        // Those that need no more room than they have go first: what they no longer need is room for the others.
+        let is_in_place = |programmer: &Self, frontend: &ResolvedFrontend| {
+            let key = frontend_key(&frontend.frontend);
+            let is_served = |key| programmer.served.contains_key(&key);
+            is_served(key) && (frontend.outside.is_none() || is_served(outside(key)))
+        };
+        for in_place in [true, false] {
+            for frontend in &plan.resolved.frontends {
+                if is_in_place(self, frontend) == in_place {
+                    let key = frontend_key(&frontend.frontend);
+                    if let Some(rule) = frontend.outside {
+                        self.write_config(change, plan, pools, frontend, outside(key), rule)?;
+                    }
+                    self.write_config(change, plan, pools, frontend, key, frontend.inside)?;
+                }
+            }
+            if in_place {
+                change.in_place = change.configs.len();
+            }
         }
+        change.addresses = self.add_addresses(change.service, &plan.addresses())?;
+        change.ranges = self.add_ranges(change.service, &plan.ranges())?;
         self.write_owners(change)
     }
 
@@ -187,35 +212,34 @@ impl<M: Maps> Programmer<M> {
     fn write_config(
         &mut self,
         change: &mut Change,
+        plan: &Plan<'_>,
+        pools: &Pools,
+        frontend: &ResolvedFrontend,
         key: EndpointKey,
-        service: &Service,
-        members: &Members,
-        ring: &[u16],
+        rule: Rule,
     ) -> Result<(), ApplyError> {
-        let part = change.members.iter().find(|part| part.protocol == key.protocol);
+        let number = pools.number(rule.set);
+        let part = change.members.iter().find(|part| part.pool == number && part.protocol == key.protocol);
         let region = part.and_then(|part| part.region);
-        let frontend = self.services.get(change.service).and_then(|entry| entry.frontends.get(&key));
+        let Pool { members, ring } = &pools.all[number];
+        let id = self.services.get(change.service).and_then(|entry| entry.frontends.get(&base(key)));
         let in_force = self.served.get(&key);
         let mut config = Config {
             key,
             generation: in_force.map_or(0, |served| served.config.generation),
             service: change.service,
-            frontend: frontend.copied().unwrap_or_default(),
-            ring: change.ring.unwrap_or_default(),
+            frontend: id.copied().unwrap_or_default(),
+            ring: change.rings[number].unwrap_or_default(),
             ring_len: ring.len() as u32,
             members: region.unwrap_or_default(),
             members_len: region.map_or(0, |_| members.len() as u32),
-            algorithm: match service.algorithm() {
+            algorithm: match plan.service.algorithm() {
                 Algorithm::Maglev => algorithm::MAGLEV,
                 Algorithm::Random => algorithm::RANDOM,
                 Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
             },
-            flags: match service.snat() {
-                SnatMode::Auto => 0,
-                SnatMode::Always => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
-                SnatMode::Never => Config::SNAT_NEVER,
-            },
-            affinity: 0,
+            flags: plan.config_flags(frontend, rule, &key),
+            affinity: plan.affinity(),
         };
         if in_force.is_some_and(|served| served.config == config) {
             return Ok(());
@@ -256,30 +280,37 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Puts the new records in force.
-    fn switch(&mut self, change: &mut Change, service: &Service) -> Result<(), ApplyError> {
+    fn switch(&mut self, change: &mut Change, plan: &Plan<'_>) -> Result<(), ApplyError> {
         let size = self.sizes.services;
-        let full = || full("SERVICES", size, "limits.services");
         let new = change.configs.iter().filter(|new| !self.served.contains_key(&new.config.key)).count();
         let room = (size as usize).saturating_sub(self.served.len());
+        let mut dropped = Vec::new();
         if new > room {
-            let mut dropped = self.dropped_frontends(change.service, service);
-            dropped.retain(|(key, _)| {
+            dropped = self.dropped_entries(change.service, plan);
+            dropped.retain(|key| {
                 let served = self.served.get(key);
-                served.is_some_and(|served| served.config.service == change.service) && !self.moving.contains(key)
+                served.is_some_and(|served| served.config.service == change.service)
+                    && !self.moving.contains(&base(*key))
             });
             if new > room + dropped.len() {
-                return Err(full());
-            }
-            // Nothing but an error of the kernel is in the way of the others any more.
-            for (key, _) in dropped {
-                change.is_halfway = true;
-                self.withdraw(change.service, key)?;
+                return Err(full("SERVICES", size, "limits.services"));
             }
         }
-        for new in &change.configs {
+        self.put_in_force(change, change.in_place)?;
+        // Nothing but an error of the kernel is in the way of the others any more.
+        for key in dropped {
+            change.is_halfway = true;
+            self.withdraw_entry(change.service, key)?;
+        }
+        self.put_in_force(change, change.configs.len())
+    }
+
+    /// Puts the new records in force, up to one of them.
+    fn put_in_force(&mut self, change: &mut Change, end: usize) -> Result<(), ApplyError> {
+        for new in &change.configs[change.replaced.len()..end] {
             let key = new.config.key;
             self.maps.set_service(&key, new.reference).map_err(|error| match is_full(&error) {
-                true => full(),
+                true => full("SERVICES", self.sizes.services, "limits.services"),
                 false => kernel_error("SERVICES", &error),
             })?;
             let old = self.served.insert(key, *new);
@@ -294,77 +325,124 @@ impl<M: Maps> Programmer<M> {
     /// A service that still has a frontend another one took, because it failed to let go of it, is no longer what it
     /// was.
     fn note_loss(&mut self, loser: u32, key: &EndpointKey) {
-        let Some(entry) = self.services.get_mut(loser) else { return };
-        if let State::As(service) = &entry.programmed
-            && service.frontends().iter().any(|frontend| frontend_key(frontend) == *key)
+        if self.is_wanted(loser, key)
+            && let Some(entry) = self.services.get_mut(loser)
         {
             entry.programmed = State::Unknown;
         }
     }
 
     /// Gives up what the change replaced.
-    fn finish(&mut self, change: Change, service: &Arc<Service>) -> Result<bool, ApplyError> {
-        let Change { service: index, frontends, backends, raised, ring, members, configs, replaced, .. } = change;
-        let mut changed = !(frontends.is_empty() && backends.is_empty() && raised.is_empty() && configs.is_empty());
+    fn finish(&mut self, change: Change, plan: &Plan<'_>, flags: &[u8]) -> Result<bool, ApplyError> {
+        let Change { service: index, frontends, backends, raised, rings, members, configs, ranges, replaced, .. } =
+            change;
+        let mut changed = !(frontends.is_empty()
+            && backends.is_empty()
+            && raised.is_empty()
+            && configs.is_empty()
+            && ranges.is_empty());
         self.retired.configs.extend(replaced.into_iter().flatten());
-        ring.into_iter().for_each(|ring| self.rings.release(ring));
+        rings.into_iter().flatten().for_each(|ring| self.rings.release(ring));
         members.into_iter().filter_map(|part| part.region).for_each(|region| self.members.release(region));
 
-        for frontend in service.frontends() {
-            let id = self.services.get(index).and_then(|entry| entry.frontends.get(&frontend_key(frontend)));
+        for key in plan.keys() {
+            let id = self.services.get(index).and_then(|entry| entry.frontends.get(&key));
             if let Some(id) = id {
                 self.waiting.frontends.remove(id);
             }
         }
-        for protocol in protocols(service) {
-            for backend in service.backends() {
+        // Where nobody serves, datagrams have nowhere better to go: they stay where they are.
+        let kept = if flags.iter().any(|flags| flags & Backend::SERVING != 0) { 0 } else { Backend::SERVING };
+        let service = plan.service;
+        for protocol in plan.protocols() {
+            for (backend, flags) in service.backends().iter().zip(flags) {
                 let key = endpoint_key(backend.address, protocol);
                 let id = self.services.get(index).and_then(|entry| entry.backends.get(&key)).copied();
                 if let Some(id) = id {
-                    changed |= self.set_flags(id, flags(backend.state));
+                    changed |= self.set_flags(id, flags | self.flags(id) & kept);
                     self.waiting.backends.remove(&id);
                 }
             }
         }
-        for id in self.dropped_backends(index, service) {
-            self.set_flags(id, 0);
+        for id in self.dropped_backends(index, plan) {
+            self.set_flags(id, self.flags(id) & kept);
             changed |= self.waiting.backends.insert(id);
         }
         let mut result = Ok(());
-        for (key, id) in self.dropped_frontends(index, service) {
-            match self.withdraw(index, key) {
-                Ok(()) => changed |= self.waiting.frontends.insert(id),
-                Err(error) => result = Err(error),
+        for key in self.dropped_entries(index, plan) {
+            let id = self.services.get(index).and_then(|entry| entry.frontends.get(&key)).copied();
+            match self.withdraw_entry(index, key) {
+                Ok(()) => changed |= id.is_some_and(|id| self.waiting.frontends.insert(id)),
+                Err(error) => {
+                    result = Err(error);
+                    // Its other entry may be asked for by this one.
+                    break;
+                }
             }
         }
+        let (addresses, ranges) = (plan.addresses(), plan.ranges());
+        let is_held = !plan.held.is_empty();
         if let Some(entry) = self.services.get_mut(index) {
             entry.wanted = self.round;
+            entry.affinity = plan.affinity();
+            entry.held.clone_from(&plan.held);
             entry.programmed = match result {
                 Ok(()) => State::As(Arc::clone(service)),
                 Err(_) => State::Unknown,
             };
+            let addresses: Vec<_> = entry.addresses.iter().filter(|addr| !addresses.contains(addr)).copied().collect();
+            let ranges: Vec<_> =
+                entry.ranges.iter().filter(|range| ranges.binary_search(range).is_err()).copied().collect();
+            changed |= !ranges.is_empty();
+            if result.is_ok() {
+                self.drop_addresses(index, &addresses);
+                self.drop_ranges(index, &ranges);
+            }
+        }
+        if is_held {
+            self.contested.insert(index);
+        } else {
+            self.contested.remove(&index);
         }
         result.map(|()| changed)
     }
 
-    /// Frontends the service has and is not wanted to have.
-    fn dropped_frontends(&self, index: u32, service: &Service) -> Vec<(EndpointKey, u32)> {
-        let Some(entry) = self.services.get(index) else { return Vec::new() };
-        if entry.frontends.len() == service.frontends().len() {
-            return Vec::new();
-        }
-        let wanted: HashSet<_> = service.frontends().iter().map(frontend_key).collect();
-        let dropped = entry.frontends.iter().filter(|(key, _)| !wanted.contains(key));
-        dropped.map(|(key, id)| (*key, *id)).collect()
+    fn flags(&self, id: u32) -> u8 {
+        self.backends.get(id).map_or(0, |backend| backend.flags)
     }
 
-    fn dropped_backends(&self, index: u32, service: &Service) -> Vec<u32> {
+    /// What the service has of `SERVICES`, or had, and is not wanted to have: a frontend's first entry before its second.
+    fn dropped_entries(&self, index: u32, plan: &Plan<'_>) -> Vec<EndpointKey> {
         let Some(entry) = self.services.get(index) else { return Vec::new() };
-        if entry.backends.len() == service.backends().len() * protocols(service).count() {
+        let is_ours = |key: &EndpointKey| self.served.get(key).is_some_and(|served| served.config.service == index);
+        let mut dropped = Vec::new();
+        for frontend in plan.resolved.frontends.iter().filter(|frontend| frontend.outside.is_none()) {
+            let key = outside(frontend_key(&frontend.frontend));
+            if is_ours(&key) {
+                dropped.push(key);
+            }
+        }
+        if entry.frontends.len() > plan.resolved.frontends.len() {
+            let wanted: HashSet<_> = plan.keys().collect();
+            for key in entry.frontends.keys().filter(|key| !wanted.contains(key)) {
+                dropped.push(*key);
+                if is_ours(&outside(*key)) {
+                    dropped.push(outside(*key));
+                }
+            }
+        }
+        dropped
+    }
+
+    fn dropped_backends(&self, index: u32, plan: &Plan<'_>) -> Vec<u32> {
+        let Some(entry) = self.services.get(index) else { return Vec::new() };
+        let backends = plan.service.backends();
+        if entry.backends.len() == backends.len() * plan.protocols().count() {
             return Vec::new();
         }
-        let keys = protocols(service)
-            .flat_map(|protocol| service.backends().iter().map(move |backend| endpoint_key(backend.address, protocol)));
+        let keys = plan
+            .protocols()
+            .flat_map(|protocol| backends.iter().map(move |backend| endpoint_key(backend.address, protocol)));
         let wanted: HashSet<_> = keys.collect();
         entry.backends.iter().filter(|(key, _)| !wanted.contains(key)).map(|(_, id)| *id).collect()
     }
@@ -372,20 +450,36 @@ impl<M: Maps> Programmer<M> {
     /// Restores what was in force. What was for a moment stays until no packet or flow can know of it.
     fn take_back(&mut self, change: Change) {
         let Change {
-            service: index, frontends, backends, raised, ring, members, mut configs, owners, replaced, ..
+            service: index,
+            frontends,
+            backends,
+            raised,
+            rings,
+            members,
+            mut configs,
+            addresses,
+            ranges,
+            owners,
+            replaced,
+            ..
         } = change;
         let mut is_halfway = change.is_halfway;
         let unseen = configs.split_off(replaced.len());
         let was_seen = !configs.is_empty();
-        for (new, old) in configs.into_iter().zip(replaced) {
+        // What sends packets to another entry goes before that one.
+        for (new, old) in configs.into_iter().zip(replaced).rev() {
             is_halfway |= !self.restore(new, old);
         }
         for Served { reference, config } in unseen {
             self.configs.free(reference.index());
             self.release_regions(&config);
         }
-        ring.into_iter().for_each(|ring| self.rings.release(ring));
+        rings.into_iter().flatten().for_each(|ring| self.rings.release(ring));
         members.into_iter().filter_map(|part| part.region).for_each(|region| self.members.release(region));
+        if !is_halfway {
+            self.drop_addresses(index, &addresses);
+            self.drop_ranges(index, &ranges);
+        }
         for (id, flags) in raised {
             self.set_flags(id, flags);
         }
@@ -411,6 +505,15 @@ impl<M: Maps> Programmer<M> {
     /// Puts the old entry of `SERVICES` in the place of the new one. Says whether that worked.
     fn restore(&mut self, new: Served, old: Option<Served>) -> bool {
         let key = new.config.key;
+        let sends_outside = |served: &Served| served.config.flags & Config::OUTSIDE != 0;
+        let outside = self.served.contains_key(&outside(key));
+        let is_asked_for = || self.served.get(&base(key)).is_some_and(sends_outside);
+        if key.scope == 0 && old.as_ref().is_some_and(sends_outside) && !outside
+            || key.scope != 0 && old.is_none() && is_asked_for()
+        {
+            self.retired.configs.extend(old);
+            return false;
+        }
         let restored = match &old {
             Some(old) => self.maps.set_service(&key, old.reference),
             None => self.maps.remove_service(&key),
@@ -431,17 +534,4 @@ impl<M: Maps> Programmer<M> {
 
 fn full(map: &'static str, size: u32, option: &'static str) -> ApplyError {
     ApplyError::MapFull { map, size: size.into(), option }
-}
-
-/// The protocols of a service's frontends.
-fn protocols(service: &Service) -> impl Iterator<Item = u8> {
-    let has = |protocol: &Protocol| service.frontends().iter().any(|frontend| frontend.protocol == *protocol);
-    [Protocol::Tcp, Protocol::Udp].into_iter().filter(has).map(Protocol::number)
-}
-
-const fn flags(state: BackendState) -> u8 {
-    match state {
-        BackendState::Active => Backend::SERVING | Backend::ACCEPTING,
-        BackendState::Draining => Backend::SERVING,
-    }
 }

@@ -14,14 +14,14 @@ use netlb_common::{
     conntrack::{Direction, Segment, State},
     filter::Kind,
     flow::Fingerprint,
-    maps::{Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey},
     snat::Snat,
     table::{self, Bucket, Data, Flow, New, Operations, Place, Record, SLOTS, Storage, is_live},
     time::Ticks,
 };
 
 use super::*;
-use crate::dataplane::ServiceCounters;
+use crate::{datapath::Portion, dataplane::ServiceCounters};
 
 /// A write, for tests of the order.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -37,6 +37,10 @@ pub(super) enum Op {
     FilterBit(u32, bool),
     Service(EndpointKey),
     RemoveService(EndpointKey),
+    Address(Addr, u32),
+    RemoveAddress(Addr),
+    Range(u32, RangeKey),
+    RemoveRange(u32, RangeKey),
     Grace,
 }
 
@@ -65,6 +69,9 @@ pub(super) struct MemoryMaps {
     backends: Vec<Backend>,
     frontends: Vec<Frontend>,
     pub(super) owners: HashMap<EndpointKey, Owners>,
+    pub(super) addresses: HashMap<Addr, u32>,
+    pub(super) ranges: HashSet<(u32, RangeKey)>,
+    pub(super) affinities: Vec<(AffinityKey, Affinity)>,
     rings: Vec<u16>,
     members: Vec<u32>,
     filter: Vec<u64>,
@@ -138,6 +145,9 @@ impl MemoryMaps {
             backends: vec![Backend::default(); len(sizes.backends)],
             frontends: vec![Frontend::default(); len(sizes.frontends)],
             owners: HashMap::new(),
+            addresses: HashMap::new(),
+            ranges: HashSet::new(),
+            affinities: Vec::new(),
             rings: vec![0; len(sizes.ring_slots)],
             members: vec![0; len(sizes.members)],
             filter: vec![0; 1 << (sizes.filter_bits_log2 - 6)],
@@ -262,6 +272,10 @@ impl MemoryMaps {
     fn assert_whole(&self, key: &EndpointKey, value: ConfigRef, accepts: Option<u8>) {
         let config = self.configs[value.index() as usize];
         assert_eq!((config.key, config.generation), (*key, value.generation()), "the record is not the frontend's");
+        let sends_outside = config.flags & Config::OUTSIDE != 0;
+        assert!(!sends_outside || key.scope == 0 && self.services.contains_key(&outside(*key)), "{key:?}");
+        let has_ranges = self.ranges.iter().any(|(_, range)| range.service == config.service);
+        assert!(config.flags & Config::RANGES == 0 || has_ranges);
         let frontend = self.frontends[config.frontend as usize];
         assert_eq!((frontend.addr, frontend.port, frontend.protocol), (key.addr, key.port, key.protocol));
         assert_eq!(frontend.service, config.service);
@@ -274,7 +288,8 @@ impl MemoryMaps {
             assert_eq!((backend.service, backend.protocol), (config.service, key.protocol));
             // Those that drain are members, but in no ring.
             let is_in_ring = ring.contains(&(number as u16));
-            assert!(accepts.is_none_or(|flags| !is_in_ring || backend.flags == flags));
+            assert!(accepts.is_none_or(|flags| !is_in_ring || backend.flags & flags == flags));
+            assert!(accepts.is_none() || config.flags & Config::LOCAL == 0 || backend.flags & Backend::LOCAL != 0);
             assert!(self.has_bit(backend.addr, Kind::Backend));
             let owners = self.owners[&EndpointKey::new(backend.addr, backend.port, backend.protocol)];
             assert!(owners.0.contains(&config.frontend) || !owners.0.contains(&0));
@@ -321,6 +336,12 @@ impl Maps for MemoryMaps {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
         self.note(Op::RemoveService(*key));
+        if key.scope != 0
+            && self.watches
+            && let Some(config) = self.in_force(&base(*key))
+        {
+            assert_eq!(config.flags & Config::OUTSIDE, 0, "packets are sent to {key:?}");
+        }
         let old = self.services.remove(key).ok_or(io::ErrorKind::NotFound)?;
         self.lingering.lock().unwrap().insert(old.index());
         Ok(())
@@ -393,6 +414,54 @@ impl Maps for MemoryMaps {
     fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
         self.note(Op::RemoveOwners(*key));
         self.owners.remove(key).map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn addresses(&self) -> io::Result<Vec<(Addr, u32)>> {
+        Ok(self.addresses.iter().map(|(addr, flags)| (*addr, *flags)).collect())
+    }
+
+    fn set_address(&mut self, addr: &Addr, flags: u32) -> io::Result<()> {
+        if !self.addresses.contains_key(addr) && self.addresses.len() == self.sizes.addresses as usize {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        self.note(Op::Address(*addr, flags));
+        self.addresses.insert(*addr, flags);
+        Ok(())
+    }
+
+    fn remove_address(&mut self, addr: &Addr) -> io::Result<()> {
+        self.note(Op::RemoveAddress(*addr));
+        self.addresses.remove(addr).map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>> {
+        Ok(self.ranges.iter().copied().collect())
+    }
+
+    fn set_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()> {
+        if self.ranges.len() == self.sizes.source_ranges as usize {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.note(Op::Range(bits, *key));
+        self.ranges.insert((bits, *key));
+        Ok(())
+    }
+
+    fn remove_source_range(&mut self, bits: u32, key: &RangeKey) -> io::Result<()> {
+        self.note(Op::RemoveRange(bits, *key));
+        self.ranges.remove(&(bits, *key)).then_some(()).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn affinities(&self, from: Option<u32>, most: usize) -> io::Result<Portion<AffinityKey, Affinity>> {
+        let from = from.unwrap_or(0) as usize;
+        let part: Vec<_> = self.affinities.iter().skip(from).take(most).copied().collect();
+        let next = from + part.len();
+        Ok((part, (next < self.affinities.len()).then_some(next as u32)))
+    }
+
+    fn remove_affinity(&mut self, key: &AffinityKey, seen: Affinity) -> io::Result<()> {
+        self.affinities.retain(|entry| *entry != (*key, seen));
+        Ok(())
     }
 
     fn ring(&self, offset: u32, len: u32) -> Vec<u16> {

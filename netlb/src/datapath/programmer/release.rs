@@ -71,6 +71,7 @@ impl<M: Maps> Programmer<M> {
     /// second; flows have their own clock.
     pub fn tick(&mut self, _now: SystemTime) {
         self.sweep();
+        self.sweep_affinity();
         self.rest();
         if !self.waiting.is_empty() && (self.clock)().0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
             self.scan();

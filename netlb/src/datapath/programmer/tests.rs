@@ -1,6 +1,6 @@
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
 
-use netlb_common::maps::Backend;
+use netlb_common::maps::{Backend, RangeKey};
 use proptest::prelude::*;
 
 use super::{
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     dataplane::{FlowFilter, ServiceStats},
-    model::{self, Algorithm, BackendState, Owner, SnatMode, Weight},
+    model::{self, Algorithm, BackendState, Definition, Owner, SnatMode, TrafficPolicy, Weight},
 };
 
 const ROOMY: Sizes = Sizes {
@@ -20,6 +20,9 @@ const ROOMY: Sizes = Sizes {
     owners: 256,
     ring_slots: 1 << 16,
     members: 4096,
+    addresses: 64,
+    source_ranges: 64,
+    affinities: 64,
     filter_bits_log2: 15,
 };
 const ACTIVE: u8 = Backend::SERVING | Backend::ACCEPTING;
@@ -79,8 +82,11 @@ impl Bench {
         self.programmer.maps.begin_flow(&key(frontend), client)
     }
 
+    /// But for what is said of addresses.
     fn log(&self) -> Vec<Op> {
-        self.programmer.maps.take_log()
+        let mut log = self.programmer.maps.take_log();
+        log.retain(|op| !matches!(op, Op::Address(..) | Op::RemoveAddress(_)));
+        log
     }
 
     fn stats(&self, service: &str) -> ServiceStats {
@@ -106,30 +112,55 @@ impl Bench {
     }
 
     fn assert_serves(&self, desired: &[Desired]) {
-        let frontends = desired.iter().flat_map(|desired| desired.service.frontends());
-        let wanted: HashSet<_> = frontends.map(frontend_key).collect();
+        let mut wanted = HashSet::new();
+        for desired in desired {
+            let served = self.expected(&desired.service);
+            wanted.extend(
+                served.iter().map(|(frontend, scope, _)| EndpointKey { scope: *scope, ..frontend_key(frontend) }),
+            );
+        }
         assert_eq!(self.programmer.maps.services.keys().copied().collect::<HashSet<_>>(), wanted);
         desired.iter().for_each(|desired| self.assert_served(&desired.service));
+    }
+
+    /// The entries that a service is to have, with their rules.
+    fn expected(&self, service: &Service) -> Vec<(Frontend, u8, resolve::Rule)> {
+        let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
+        let frontends = resolve::frontends(service, &self.programmer.node).into_iter();
+        let frontends = frontends.filter(|known| entry.held.iter().all(|held| held.frontend != known.frontend));
+        let entries = frontends.flat_map(|known| {
+            let outside = known.outside.map(|rule| (known.frontend, EndpointKey::OUTSIDE, rule));
+            [Some((known.frontend, 0, known.inside)), outside].into_iter().flatten()
+        });
+        entries.collect()
     }
 
     fn assert_served(&self, service: &Service) {
         let maps = &self.programmer.maps;
         let entry = self.programmer.services.get(self.programmer.names[service.name()]).unwrap();
-        let members = Members::of(service.backends());
-        let addresses: Vec<_> = members.addresses().collect();
-        let ring = members.ring(service.algorithm());
-        let expected: Vec<_> = ring.iter().map(|slot| addresses[usize::from(*slot)]).collect();
-        for frontend in service.frontends() {
-            let key = frontend_key(frontend);
+        let resolved = Resolved::new(service, &self.programmer.node);
+        let expected = self.expected(service);
+        for (frontend, scope, rule) in &expected {
+            let key = EndpointKey { scope: *scope, ..frontend_key(frontend) };
+            let set: Vec<_> = resolved.set(rule.set).iter().map(|backend| (*backend).clone()).collect();
+            let members = Members::of(&set);
+            let addresses: Vec<_> = members.addresses().collect();
+            let ring: Vec<_> =
+                members.ring(service.algorithm()).iter().map(|slot| addresses[usize::from(*slot)]).collect();
             let config = maps.in_force(&key).unwrap_or_else(|| panic!("{frontend} is not served"));
-            assert_eq!(config.flags, snat_flags(service.snat()), "{frontend}");
+            assert_eq!(config.flags & SNATS, snat_flags(rule.snat), "{frontend}");
             let slots = maps.slots(&config);
             let got: Vec<_> = slots.iter().map(|backend| socket_address(backend.addr, backend.port)).collect();
-            assert_eq!(got, expected, "{frontend}");
-            for backend in service.backends() {
+            assert_eq!(got, ring, "{frontend}");
+            for backend in &set {
                 let id = entry.backends[&endpoint_key(backend.address, key.protocol)];
-                let flags = if backend.state == BackendState::Active { ACTIVE } else { Backend::SERVING };
-                assert_eq!(self.flags(id), flags, "{}", backend.address);
+                assert_eq!(self.flags(id) & ACTIVE, ACTIVE, "{}", backend.address);
+            }
+        }
+        for backend in service.backends().iter().filter(|backend| backend.state == BackendState::Draining) {
+            for key in expected.iter().map(|(frontend, ..)| endpoint_key(backend.address, frontend.protocol.number())) {
+                let serving = if backend.conditions.serving { Backend::SERVING } else { 0 };
+                assert_eq!(self.flags(entry.backends[&key]) & ACTIVE, serving, "{}", backend.address);
             }
         }
     }
@@ -140,6 +171,8 @@ impl Bench {
         assert_eq!(used, []);
         assert_eq!(self.programmer.services.len(), 0);
         assert_eq!(self.programmer.filter.words(15), vec![0; 512]);
+        assert_eq!((self.programmer.maps.addresses.len(), self.programmer.maps.ranges.len()), (0, 0));
+        assert!(self.programmer.contested.is_empty());
         assert_eq!(self.programmer.maps.owners.len(), 0);
         assert!(self.programmer.names.is_empty());
     }
@@ -175,11 +208,15 @@ fn with_snat(desired: Desired, snat: SnatMode) -> Desired {
     Desired { service: service.into(), ..desired }
 }
 
-fn snat_flags(snat: SnatMode) -> u32 {
+const SNATS: u32 = Config::SNAT_NEVER | Config::SNAT_PODS | Config::SNAT_OUTSIDE;
+
+const fn snat_flags(snat: resolve::Snat) -> u32 {
     match snat {
-        SnatMode::Auto => 0,
-        SnatMode::Always => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
-        SnatMode::Never => Config::SNAT_NEVER,
+        resolve::Snat::Auto => 0,
+        resolve::Snat::Never => Config::SNAT_NEVER,
+        resolve::Snat::Always { pods: false, outside: true } => Config::SNAT_OUTSIDE,
+        resolve::Snat::Always { pods: true, outside: true } => Config::SNAT_PODS | Config::SNAT_OUTSIDE,
+        resolve::Snat::Always { .. } => panic!("nobody asks for it"),
     }
 }
 
@@ -264,11 +301,9 @@ fn a_change_of_snat_alone_is_a_new_record_put_in_force() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A, B])]);
     assert_eq!(bench.config(WEB).flags, 0);
-    for (snat, flags) in [
-        (SnatMode::Always, Config::SNAT_PODS | Config::SNAT_OUTSIDE),
-        (SnatMode::Never, Config::SNAT_NEVER),
-        (SnatMode::Auto, 0),
-    ] {
+    for (snat, flags) in
+        [(SnatMode::Always, Config::SNAT_OUTSIDE), (SnatMode::Never, Config::SNAT_NEVER), (SnatMode::Auto, 0)]
+    {
         let before = bench.config(WEB);
         bench.log();
         assert_eq!(bench.serve(&[with_snat(web(&[A, B]), snat)]), 1);
@@ -875,6 +910,9 @@ fn ten_thousand_services_load_and_change_quickly() {
         owners: 131_072,
         ring_slots: 1 << 24,
         members: 524_288,
+        addresses: 17_408,
+        source_ranges: 65_536,
+        affinities: 65_536,
         filter_bits_log2: 21,
     });
     bench.maps().watches = false;
@@ -1065,4 +1103,420 @@ proptest! {
         };
         run(sizes, steps, true);
     }
+}
+
+/// A node with these addresses, all of them for node ports.
+fn node(addresses: &[&str]) -> Node {
+    let addresses: Vec<IpAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
+    Node { name: "here".to_owned(), node_port_addresses: addresses.clone(), addresses, ..Node::default() }
+}
+
+/// A backend by its last number; `here` is on this node.
+fn placed(last: u8, is_here: bool) -> model::Backend {
+    let name = if is_here { "here" } else { "there" };
+    let placement = model::Placement { node: Some(name.to_owned()), ..model::Placement::default() };
+    let address = SocketAddr::from(([10, 244, 0, last], 8080));
+    model::Backend { placement: Some(placement.into()), ..model::Backend::new(address) }
+}
+
+fn when(mut backend: model::Backend, ready: bool, serving: bool, terminating: bool) -> model::Backend {
+    backend.conditions = model::Conditions { ready, serving, terminating };
+    backend
+}
+
+fn defined(name: &str, change: impl FnOnce(&mut Definition)) -> Desired {
+    let mut definition = Definition { name: Some(name.to_owned()), ..Definition::default() };
+    change(&mut definition);
+    Desired { service: Service::define(definition).unwrap().into(), owner: Owner::Api }
+}
+
+fn node_port(text: &str) -> model::NodePort {
+    let (port, protocol) = text.split_once('/').unwrap();
+    let protocol = if protocol == "tcp" { Protocol::Tcp } else { Protocol::Udp };
+    model::NodePort { port: port.parse().unwrap(), protocol }
+}
+
+fn addr(ip: &str) -> Addr {
+    key(&format!("{ip}:1/tcp")).addr
+}
+
+impl Bench {
+    fn at(node: Node) -> Self {
+        let mut bench = Self::new();
+        assert_eq!(bench.programmer.set_node(node).failed, []);
+        bench
+    }
+
+    /// The record for flows from outside.
+    fn outside(&self, frontend: &str) -> Option<Config> {
+        self.programmer.maps.in_force(&outside(key(frontend)))
+    }
+
+    /// The last numbers of the backends of a record.
+    fn hosts(&self, config: &Config) -> BTreeSet<u8> {
+        let backends = self.programmer.maps.slots(config).into_iter();
+        backends.map(|backend| *backend.addr.to_bytes().last().unwrap()).collect()
+    }
+
+    fn backend_flags(&self, service: &str, last: u8) -> u8 {
+        let entry = self.programmer.services.get(self.programmer.names[service]).unwrap();
+        let (_, id) = entry.backends.iter().find(|(key, _)| *key.addr.to_bytes().last().unwrap() == last).unwrap();
+        self.flags(*id)
+    }
+}
+
+const EXTERNAL: &str = "192.0.2.80:80/tcp";
+const NODE_PORT: &str = "198.51.100.1:30080/tcp";
+const LOCAL: u8 = Backend::LOCAL;
+
+fn shop(change: impl FnOnce(&mut Definition)) -> Desired {
+    defined("shop", |shop| {
+        shop.frontends.push(WEB.parse().unwrap());
+        shop.external_ips.push(EXTERNAL.parse().unwrap());
+        shop.node_ports.push(node_port("30080/tcp"));
+        shop.backends = vec![placed(1, true), placed(2, false)];
+        change(shop);
+    })
+}
+
+#[test]
+fn each_policy_has_its_records_and_rings() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    bench.serve(&[shop(|_| ())]);
+    for frontend in [WEB, EXTERNAL, NODE_PORT] {
+        let config = bench.config(frontend);
+        assert_eq!((config.flags, config.affinity), (0, 0), "{frontend}");
+        assert_eq!(bench.hosts(&config), [1, 2].into());
+        assert_eq!(bench.outside(frontend), None);
+    }
+    assert_eq!((bench.backend_flags("shop", 1), bench.backend_flags("shop", 2)), (ACTIVE | LOCAL, ACTIVE));
+    assert_eq!((bench.used("RINGS"), bench.used("MEMBERS"), bench.used("SERVICES")), (256, 16, 3));
+
+    let local = || shop(|shop| shop.external_traffic_policy = TrafficPolicy::Local);
+    assert_eq!(bench.serve(&[local()]), 1);
+    for frontend in [EXTERNAL, NODE_PORT] {
+        let (inside, outside) = (bench.config(frontend), bench.outside(frontend).unwrap());
+        assert_eq!((inside.flags, outside.flags), (Config::OUTSIDE, Config::SNAT_NEVER | Config::LOCAL), "{frontend}");
+        assert_eq!((bench.hosts(&inside), bench.hosts(&outside)), ([1, 2].into(), [1].into()));
+        assert_eq!(inside.frontend, outside.frontend);
+    }
+    assert_eq!((bench.config(WEB).flags, bench.outside(WEB)), (0, None));
+    assert_eq!((bench.used("SERVICES"), bench.used("FRONTENDS")), (5, 3));
+
+    let internal = || shop(|shop| shop.internal_traffic_policy = TrafficPolicy::Local);
+    bench.serve(&[internal()]);
+    assert_eq!((bench.config(WEB).flags, bench.hosts(&bench.config(WEB))), (Config::LOCAL, [1].into()));
+    assert_eq!((bench.config(EXTERNAL).flags, bench.outside(EXTERNAL)), (0, None));
+    bench.serve(&[]);
+    bench.programmer.set_node(Node::default());
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn an_empty_set_drops_and_nobody_rejects() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let far = |shop: &mut Definition| {
+        shop.external_traffic_policy = TrafficPolicy::Local;
+        shop.backends.remove(0);
+    };
+    bench.serve(&[shop(far)]);
+    let outside = bench.outside(EXTERNAL).unwrap();
+    assert_eq!((outside.flags & Config::DROP, outside.ring_len), (Config::DROP, 0));
+    assert_eq!(bench.config(EXTERNAL).flags & Config::DROP, 0);
+    bench.serve(&[shop(|shop| {
+        far(shop);
+        shop.backends.clear();
+    })]);
+    assert_eq!(bench.outside(EXTERNAL).unwrap().flags & Config::DROP, 0);
+}
+
+#[test]
+fn the_record_for_outside_comes_before_the_one_that_asks_for_it_and_goes_after() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let web = |policy| {
+        defined("shop", |shop| {
+            shop.external_ips.push(EXTERNAL.parse().unwrap());
+            shop.external_traffic_policy = policy;
+            shop.backends = vec![placed(1, true), placed(2, false)];
+        })
+    };
+    let (first, second) = (key(EXTERNAL), outside(key(EXTERNAL)));
+    let stores = |bench: &Bench| {
+        let mut log = bench.log();
+        log.retain(|op| matches!(op, Op::Service(_) | Op::RemoveService(_)));
+        log
+    };
+    bench.serve(&[web(TrafficPolicy::Local)]);
+    assert_eq!(stores(&bench), [Op::Service(second), Op::Service(first)]);
+    bench.serve(&[web(TrafficPolicy::Cluster)]);
+    assert_eq!(stores(&bench), [Op::Service(first), Op::RemoveService(second)]);
+    bench.serve(&[web(TrafficPolicy::Local)]);
+    assert_eq!(stores(&bench), [Op::Service(second), Op::Service(first)]);
+    bench.maps().broken.insert(first);
+    let report = bench.apply(&[web(TrafficPolicy::Cluster)]);
+    assert_eq!(report.failed.len(), 1);
+    assert!(bench.outside(EXTERNAL).is_some());
+    bench.maps().broken.clear();
+    stores(&bench);
+    bench.serve(&[]);
+    assert_eq!(stores(&bench), [Op::RemoveService(first), Op::RemoveService(second)]);
+}
+
+#[test]
+fn what_is_given_up_is_room_for_what_is_new() {
+    let web = |policy, frontends: &[&str]| {
+        defined("shop", |shop| {
+            shop.external_ips = frontends.iter().map(|frontend| frontend.parse().unwrap()).collect();
+            shop.external_traffic_policy = policy;
+            shop.backends = vec![placed(1, true)];
+        })
+    };
+    let mut bench = Bench::with(Sizes { services: 2, ..ROOMY });
+    bench.serve(&[web(TrafficPolicy::Local, &[EXTERNAL])]);
+    bench.serve(&[web(TrafficPolicy::Cluster, &[EXTERNAL, "192.0.2.81:80/tcp"])]);
+    let report = bench.apply(&[web(TrafficPolicy::Local, &[EXTERNAL, "192.0.2.81:80/tcp"])]);
+    assert!(matches!(report.failed[..], [(_, ApplyError::MapFull { map: "SERVICES", .. })]), "{report:?}");
+}
+
+#[test]
+fn node_ports_follow_the_addresses_of_the_node() {
+    let mut bench = Bench::at(node(&[]));
+    let desired = [shop(|_| ()), service("other", &[DNS], &[C])];
+    bench.serve(&desired);
+    bench.log();
+    let report = bench.programmer.set_node(node(&["198.51.100.1"]));
+    assert_eq!((report.changed, report.failed), (1, vec![]));
+    bench.assert_serves(&desired);
+    let log = bench.log();
+    assert_eq!(
+        log.iter().filter(|op| matches!(op, Op::Service(_))).collect::<Vec<_>>(),
+        [&Op::Service(key(NODE_PORT))]
+    );
+    assert_eq!(bench.programmer.set_node(node(&["198.51.100.1"])).changed, 0);
+    assert_eq!(bench.log(), []);
+    assert_eq!(bench.programmer.set_node(node(&["198.51.100.2"])).changed, 1);
+    bench.assert_serves(&desired);
+    assert_eq!(bench.apply(&desired).changed, 0);
+}
+
+#[test]
+fn who_names_an_address_of_the_node_has_it() {
+    let ports = || {
+        defined("ports", |ports| {
+            ports.node_ports.push(node_port("30080/tcp"));
+            ports.backends = vec![placed(1, true)];
+        })
+    };
+    let named = || service("named", &[NODE_PORT], &[B]);
+    let held = || ApplyError::Held { frontend: NODE_PORT.parse().unwrap(), holder: "named".to_owned() };
+    let of =
+        |bench: &Bench| bench.programmer.services.get(bench.config(NODE_PORT).service).unwrap().name.clone().unwrap();
+    for order in [false, true] {
+        let both = || if order { vec![ports(), named()] } else { vec![named(), ports()] };
+        let mut bench = Bench::at(node(&["198.51.100.1", "198.51.100.2"]));
+        for _ in 0..3 {
+            let report = bench.apply(&both());
+            assert_eq!(report.failed, [("ports".to_owned(), held())]);
+            assert_eq!(of(&bench), "named");
+            bench.assert_served(&ports().service);
+        }
+        let stores = bench.log().iter().filter(|op| **op == Op::Service(key(NODE_PORT))).count();
+        assert_eq!(stores, 1, "it does not go to and fro");
+        // The one lets go, and the other has it by one switch.
+        let touch = |wanted: Option<Desired>| [Touched { name: "named".to_owned(), wanted }];
+        assert_eq!(bench.programmer.apply_touched(&touch(None)).failed, []);
+        assert_eq!(of(&bench), "ports");
+        let removed = bench.log().contains(&Op::RemoveService(key(NODE_PORT)));
+        assert!(!removed);
+        bench.assert_serves(&[ports()]);
+        let report = bench.programmer.apply_touched(&touch(Some(named())));
+        assert_eq!(report.failed, [("ports".to_owned(), held())]);
+        assert_eq!(of(&bench), "named");
+        // An address that comes to the node later is as well somebody's already.
+        bench.programmer.set_node(node(&[]));
+        assert_eq!(bench.apply(&both()).failed, []);
+        assert_eq!(bench.programmer.set_node(node(&["198.51.100.1"])).failed, [("ports".to_owned(), held())]);
+        bench.serve(&[]);
+        bench.programmer.set_node(Node::default());
+        bench.rest();
+        bench.assert_empty();
+    }
+}
+
+#[test]
+fn datagrams_move_when_their_backend_stops_serving_and_stay_where_nobody_serves() {
+    let mut bench = Bench::at(node(&[]));
+    let serve = |bench: &mut Bench, backends: Vec<model::Backend>| {
+        bench.serve(&[defined("dns", |dns| {
+            dns.frontends.push(DNS.parse().unwrap());
+            dns.backends = backends;
+        })]);
+    };
+    let (one, two) = (placed(1, false), placed(2, false));
+    serve(&mut bench, vec![one.clone(), two.clone()]);
+    // On its way out it keeps its flows and gets no new ones.
+    serve(&mut bench, vec![when(one.clone(), false, true, true), two.clone()]);
+    assert_eq!(bench.backend_flags("dns", 1), Backend::SERVING);
+    assert_eq!(bench.hosts(&bench.config(DNS)), [2].into());
+    assert_eq!(bench.config(DNS).members_len, 2, "flows that lost their slot are looked for at it");
+    serve(&mut bench, vec![when(one.clone(), false, false, true), two.clone()]);
+    assert_eq!(bench.backend_flags("dns", 1), 0);
+    // The last resort takes flows.
+    serve(&mut bench, vec![when(one.clone(), false, true, true)]);
+    assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (ACTIVE, 0));
+    // Nobody serves: nothing is cut until somebody does.
+    serve(&mut bench, vec![when(one.clone(), false, false, true)]);
+    assert_eq!(bench.backend_flags("dns", 1), Backend::SERVING);
+    serve(&mut bench, vec![]);
+    assert_eq!((bench.backend_flags("dns", 1), bench.config(DNS).ring_len), (Backend::SERVING, 0));
+    serve(&mut bench, vec![when(two.clone(), false, false, false)]);
+    assert_eq!(bench.backend_flags("dns", 1), Backend::SERVING);
+    serve(&mut bench, vec![two]);
+    assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (0, ACTIVE));
+    bench.serve(&[]);
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
+fn source_ranges_are_there_before_they_are_asked_for() {
+    const BALANCER: &str = "192.0.2.90:80/tcp";
+    let shop = |ranges: &[&str]| {
+        defined("shop", |shop| {
+            shop.load_balancer_ips.push(BALANCER.parse().unwrap());
+            shop.external_ips.push(EXTERNAL.parse().unwrap());
+            shop.source_ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+            shop.backends = vec![placed(1, true)];
+        })
+    };
+    let ranges = |bench: &Bench| -> HashSet<(u32, Addr, u32)> {
+        let ranges = bench.programmer.maps.ranges.iter();
+        let flat = |key: &RangeKey| {
+            let bytes: Vec<u8> = key.addr.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            Addr::from_bytes(bytes.try_into().unwrap())
+        };
+        ranges.map(|(bits, key)| (key.service, flat(key), bits - RangeKey::SERVICE_BITS)).collect()
+    };
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    bench.serve(&[shop(&[])]);
+    assert_eq!((bench.config(BALANCER).flags, ranges(&bench)), (0, [].into()));
+    bench.log();
+    bench.serve(&[shop(&["203.0.113.77/24", "10.0.0.0/8"])]);
+    let log = bench.log();
+    assert!(position(&log, |op| matches!(op, Op::Range(..))) < position(&log, |op| *op == Op::Service(key(BALANCER))));
+    assert_eq!((bench.config(BALANCER).flags, bench.config(EXTERNAL).flags), (Config::RANGES, 0));
+    let service = bench.config(BALANCER).service;
+    let (ten, doc) = ((service, addr("10.0.0.0"), 96 + 8), (service, addr("203.0.113.0"), 96 + 24));
+    assert_eq!(ranges(&bench), [ten, doc].into());
+    assert_eq!(bench.used("SOURCE_RANGES"), 2);
+    // The node is let in, and so is the address itself.
+    assert_eq!(bench.programmer.set_node(node(&["10.0.0.1"])).changed, 1);
+    assert_eq!(bench.config(BALANCER).flags, Config::RANGES | Config::RANGES_HAVE_NODE);
+    assert_eq!(ranges(&bench), [ten, doc, (service, addr("192.0.2.90"), 128)].into());
+
+    let stale = RangeKey::new(service + 9, addr("10.0.0.0"));
+    bench.maps().ranges.insert((64, stale));
+    let mut bench = bench.restart();
+    bench.programmer.set_node(node(&["10.0.0.1"]));
+    bench.serve(&[shop(&["203.0.113.77/24"])]);
+    assert_eq!((ranges(&bench), bench.config(BALANCER).flags), ([doc].into(), Config::RANGES));
+    bench.log();
+    bench.serve(&[shop(&[])]);
+    let log = bench.log();
+    assert!(
+        position(&log, |op| *op == Op::Service(key(BALANCER))) < position(&log, |op| matches!(op, Op::RemoveRange(..)))
+    );
+    bench.serve(&[shop(&["203.0.113.77/24"])]);
+    bench.serve(&[]);
+    assert_eq!(ranges(&bench), [].into());
+}
+
+#[test]
+fn addresses_are_known_as_long_as_a_service_or_the_node_has_them() {
+    use netlb_common::maps::address::{NODE, SERVICE};
+    let known =
+        |bench: &Bench| bench.programmer.maps.addresses.iter().map(|(a, b)| (*a, *b)).collect::<HashMap<_, _>>();
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let (vip, external, host) = (addr("10.96.0.10"), addr("192.0.2.80"), addr("198.51.100.1"));
+    bench.serve(&[shop(|_| ()), service("other", &["10.96.0.10:443/tcp"], &[A])]);
+    let all = HashMap::from([(vip, SERVICE), (external, SERVICE), (host, NODE)]);
+    assert_eq!(known(&bench), all, "a node port makes no address a service's");
+    bench.programmer.maps.take_log();
+    bench.serve(&[service("other", &["10.96.0.10:443/tcp"], &[A]), service("ext", &[EXTERNAL], &[A])]);
+    let written = bench.programmer.maps.take_log();
+    assert!(!written.iter().any(|op| matches!(op, Op::Address(..) | Op::RemoveAddress(_))), "{written:?}");
+    bench.programmer.set_node(node(&["192.0.2.80"]));
+    assert_eq!(known(&bench), HashMap::from([(vip, SERVICE), (external, SERVICE | NODE)]));
+
+    bench.maps().addresses.insert(addr("10.96.0.99"), SERVICE);
+    let mut bench = bench.restart();
+    bench.programmer.set_node(node(&["192.0.2.80"]));
+    assert_eq!(bench.used("ADDRESSES"), 3, "nothing goes before all services are known");
+    bench.serve(&[service("ext", &[EXTERNAL], &[A])]);
+    assert_eq!(known(&bench), HashMap::from([(external, SERVICE | NODE)]));
+}
+
+#[test]
+fn clients_are_forgotten_when_their_time_is_over() {
+    use netlb_common::maps::{Affinity, AffinityKey};
+    let web = |seconds: &str| {
+        defined("web", |web| {
+            web.frontends.push(WEB.parse().unwrap());
+            web.affinity = seconds.parse().unwrap();
+            web.backends = vec![placed(1, true)];
+        })
+    };
+    let mut bench = Bench::new();
+    bench.serve(&[web("client-ip:60"), service("other", &[DNS], &[A])]);
+    let (config, other) = (bench.config(WEB), bench.config(DNS));
+    assert_eq!((config.affinity, other.affinity), (56, 0));
+    let backend = bench.maps().members(config.members, 1)[0];
+    let now = bench.clock.now();
+    let remember = |bench: &mut Bench, last: u8, service, backend| {
+        let key = AffinityKey { client: Addr::from_v4([10, 1, 1, last]), service, pad: 0 };
+        bench.maps().affinities.push((key, Affinity::new(backend, now)));
+    };
+    remember(&mut bench, 1, config.service, backend);
+    remember(&mut bench, 2, other.service, backend);
+    remember(&mut bench, 3, other.service + 9, backend);
+    remember(&mut bench, 4, config.service, backend + 50);
+    bench.tick(56);
+    let left: Vec<_> = bench.maps().affinities.iter().map(|(key, _)| key.client).collect();
+    assert_eq!(left, [Addr::from_v4([10, 1, 1, 1])]);
+    assert_eq!(bench.used("AFFINITY"), 1);
+    let mut bench = bench.restart();
+    bench.tick(0);
+    assert_eq!(bench.maps().affinities.len(), 1);
+    bench.tick(1);
+    assert_eq!(bench.maps().affinities.len(), 0);
+    bench.serve(&[web("client-ip:60")]);
+    remember(&mut bench, 1, config.service, backend);
+    bench.serve(&[web("none")]);
+    assert_eq!(bench.config(WEB).affinity, 0);
+    bench.tick(1);
+    assert_eq!(bench.maps().affinities.len(), 0);
+}
+
+#[test]
+fn a_new_daemon_takes_over_both_records_of_a_frontend() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let desired = [shop(|shop| {
+        shop.external_traffic_policy = TrafficPolicy::Local;
+        shop.frontends.clear();
+        shop.external_ips.clear();
+    })];
+    bench.serve(&desired);
+    let usage = bench.programmer.map_usage();
+    bench.log();
+    let mut bench = bench.restart();
+    bench.programmer.set_node(node(&["198.51.100.1"]));
+    assert_eq!(bench.programmer.map_usage(), usage);
+    assert_eq!(bench.serve(&desired), 0);
+    assert_eq!(bench.log(), [Op::Grace]);
+    assert_eq!(bench.programmer.names["shop"], bench.config(NODE_PORT).service, "known by its node port");
+    let mut bench = bench.restart();
+    bench.serve(&[]);
+    bench.rest();
+    bench.assert_empty();
 }
