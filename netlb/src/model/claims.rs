@@ -10,7 +10,7 @@ use super::{Claim, Service};
 #[derive(Clone, Debug)]
 pub struct Claims<H> {
     holders: HashMap<Claim, H>,
-    /// Ports published on one address, by the claim to the port on all of them.
+    /// Ports published on one address, in order, by the claim to the port on all of them.
     on_one_address: HashMap<Claim, Vec<(Claim, H)>>,
 }
 
@@ -35,7 +35,9 @@ impl<H: Clone + PartialEq> Claims<H> {
     pub fn insert(&mut self, service: &Service, holder: &H) {
         self.holders.extend(service.claims().map(|claim| (claim, holder.clone())));
         for (claim, on_all) in service.published_on_one_address() {
-            self.on_one_address.entry(on_all).or_default().push((claim, holder.clone()));
+            let known = self.on_one_address.entry(on_all).or_default();
+            let at = known.partition_point(|(other, _)| *other < claim);
+            known.insert(at, (claim, holder.clone()));
         }
     }
 
@@ -95,8 +97,9 @@ mod tests {
     fn a_port_on_all_addresses_stands_against_the_same_on_one() {
         let mut claims = Claims::default();
         let (one, two) = (publishing(&["192.0.2.1:8080:80"]), publishing(&["192.0.2.2:8080:80"]));
-        claims.insert(&one, &1);
+        // In an order that is not theirs: what is told does not depend on it.
         claims.insert(&two, &2);
+        claims.insert(&one, &1);
         assert_eq!(rivals(&claims, &one), [("192.0.2.1:8080/tcp".to_owned(), 1)]);
         let all = publishing(&["8080:80"]);
         let both = [("192.0.2.1:8080/tcp".to_owned(), 1), ("192.0.2.2:8080/tcp".to_owned(), 2)];
