@@ -262,6 +262,7 @@ pub struct Config {
     forwarding: Forwarding,
     xdp: &'static str,
     services: Vec<Service>,
+    node: String,
     extra: String,
 }
 
@@ -274,6 +275,7 @@ impl Config {
             forwarding,
             xdp: "off",
             services: Vec::new(),
+            node: String::new(),
             extra: String::new(),
         }
     }
@@ -301,6 +303,13 @@ impl Config {
         self
     }
 
+    /// A line of the table `[node]`.
+    pub fn node(mut self, line: &str) -> Self {
+        self.node.push_str(line);
+        self.node.push('\n');
+        self
+    }
+
     /// Lines of TOML to be added as they are, such as a table of their own.
     pub fn extra(mut self, toml: &str) -> Self {
         self.extra.push_str(toml);
@@ -312,6 +321,7 @@ impl Config {
             "[node]\npod_interfaces = [{:?}]\nbridges = {:?}\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
             self.pods, self.bridges, self.uplinks, self.forwarding, self.xdp
         );
+        toml.push_str(&self.node);
         toml.extend(self.services.iter().map(Service::to_toml));
         toml + &self.extra
     }
