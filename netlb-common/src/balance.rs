@@ -62,7 +62,7 @@ pub trait Tables: Operations {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Candidate {
     /// Perhaps to a frontend.
-    to_frontend: bool,
+    pub to_frontend: bool,
     /// Perhaps from a backend.
     from_backend: bool,
 }
@@ -114,7 +114,7 @@ pub enum Scope {
 
 impl Scope {
     #[inline(always)]
-    const fn has(self, direction: Direction) -> bool {
+    pub(crate) const fn has(self, direction: Direction) -> bool {
         match direction {
             Direction::Forward => !matches!(self, Self::Replies),
             Direction::Reply => !matches!(self, Self::Forward),
@@ -174,13 +174,13 @@ impl<A: Family> Translation<A> {
     }
 
     #[inline(always)]
-    fn to_backend(backend: &Backend, is_new: bool) -> Self {
+    pub(crate) fn to_backend(backend: &Backend, is_new: bool) -> Self {
         let (address, port) = (A::from_map(backend.addr), backend.port);
         Self { address, port, service: backend.service, is_new, ..Self::none() }
     }
 
     #[inline(always)]
-    fn to_frontend(frontend: &Frontend) -> Self {
+    pub(crate) fn to_frontend(frontend: &Frontend) -> Self {
         let (address, port) = (A::from_map(frontend.addr), frontend.port);
         Self { direction: Direction::Reply, address, port, service: frontend.service, ..Self::none() }
     }
@@ -193,7 +193,7 @@ impl<A: Family> Translation<A> {
 
     /// The same, as the flow's record has it. Says whether it is there.
     #[inline(always)]
-    fn read_other<T: Tables>(&mut self, tables: T, fingerprint: Fingerprint, found: Found<'_>) -> bool {
+    pub(crate) fn read_other<T: Tables>(&mut self, tables: T, fingerprint: Fingerprint, found: Found<'_>) -> bool {
         let Some(flow) = tables.record(found.place).and_then(|record| record.read(fingerprint)) else { return false };
         match self.direction {
             Direction::Forward => {
@@ -230,14 +230,7 @@ impl<A: Family> Translation<A> {
     /// The other direction's tuple, as its packets have it when they come in.
     #[inline(always)]
     const fn twin(&self, tuple: &Tuple<A>) -> Tuple<A> {
-        let new = self.apply(tuple);
-        Tuple {
-            source: new.destination,
-            source_port: new.destination_port,
-            destination: new.source,
-            destination_port: new.source_port,
-            protocol: new.protocol,
-        }
+        self.apply(tuple).reversed()
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{
     addr::{Address, Ipv4Be, Ipv6Be, PortBe},
     conntrack::Segment,
     wire::{
-        Fields, Ignore, PacketBytes, ethernet,
+        Fields, Ignore, PacketBytes, Part, ethernet,
         ipv4::{self, Ipv4},
         ipv6::{self, Ipv6},
         tcp, udp,
@@ -22,11 +22,28 @@ pub struct Tuple<A> {
     pub protocol: u8,
 }
 
+impl<A: Copy> Tuple<A> {
+    /// From the destination to the source.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            source_port: self.destination_port,
+            destination: self.source,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+        }
+    }
+}
+
 /// A TCP or UDP packet, read once: everything the data path needs of it, so that no pointer into the packet outlives a helper call.
+///
+/// A later fragment has no transport header. Its ports are zero until it is [joined](crate::fragment::First::join) to the first one.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Parsed<A> {
     pub tuple: Tuple<A>,
-    /// Where the transport header stands, in bytes from the frame's start.
+    /// Where the transport header stands, in bytes from the frame's start; 0 where there is none.
     pub transport: usize,
     /// The transport header's length, options included.
     pub transport_len: usize,
@@ -38,6 +55,18 @@ pub struct Parsed<A> {
     /// Whether the sender forbade fragmentation. IPv6 routers never fragment.
     pub dont_fragment: bool,
     pub segment: Segment,
+    pub part: Part,
+    /// What the fragments of a datagram have in common.
+    pub id: u32,
+}
+
+impl<A> Parsed<A> {
+    /// Whether this has the transport header.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_transport(&self) -> bool {
+        self.transport != 0
+    }
 }
 
 /// Where the IP header stands: frames are untagged Ethernet, others pass.
@@ -74,20 +103,19 @@ impl Family for Ipv4Be {
         if protocol != tcp::PROTOCOL && protocol != udp::PROTOCOL {
             return Err(Ignore::NotTcpOrUdp);
         }
-        // Later fragments carry no ports, and a first one is useless without them.
-        if ip.is_fragment() {
-            return Err(Ignore::Fragment);
-        }
-        let ends = Ends::parse(packet, protocol, transport)?;
+        let part = ip.part();
+        let ends = Ends::parse(packet, protocol, transport, part)?;
         Ok(Parsed {
             tuple: ends.tuple(ip.source(), ip.destination(), protocol),
-            transport,
+            transport: ends.at,
             transport_len: ends.len,
             ttl: ip.ttl(),
             ip_check: ip.check(),
             check: ends.check,
             dont_fragment: ip.dont_fragment(),
             segment: ends.segment,
+            part,
+            id: ip.id() as u32,
         })
     }
 }
@@ -106,17 +134,20 @@ impl Family for Ipv6Be {
     fn parse(packet: &(impl PacketBytes + ?Sized)) -> Result<Parsed<Self>, Ignore> {
         let ip = Ipv6::at(packet, NETWORK)?;
         let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
-        let (protocol, transport) = ipv6::transport(packet, ip.next_header(), NETWORK + ipv6::LEN)?;
-        let ends = Ends::parse(packet, protocol, transport)?;
+        let ipv6::Transport { protocol, offset, part, id } =
+            ipv6::transport(packet, ip.next_header(), NETWORK + ipv6::LEN)?;
+        let ends = Ends::parse(packet, protocol, offset, part)?;
         Ok(Parsed {
             tuple: ends.tuple(source, destination, protocol),
-            transport,
+            transport: ends.at,
             transport_len: ends.len,
             ttl,
             ip_check: 0,
             check: ends.check,
             dont_fragment: true,
             segment: ends.segment,
+            part,
+            id,
         })
     }
 }
@@ -124,6 +155,7 @@ impl Family for Ipv6Be {
 /// What the transport header says.
 struct Ends {
     ports: (PortBe, PortBe),
+    at: usize,
     len: usize,
     check: u16,
     segment: Segment,
@@ -131,11 +163,16 @@ struct Ends {
 
 impl Ends {
     #[inline(always)]
-    fn parse(packet: &(impl PacketBytes + ?Sized), protocol: u8, offset: usize) -> Result<Self, Ignore> {
+    fn parse(packet: &(impl PacketBytes + ?Sized), protocol: u8, offset: usize, part: Part) -> Result<Self, Ignore> {
+        if part == Part::Later {
+            let segment = Segment::of_protocol(protocol);
+            return Ok(Self { ports: (PortBe(0), PortBe(0)), at: 0, len: 0, check: 0, segment });
+        }
         if protocol == tcp::PROTOCOL {
             let header = packet.window(offset, tcp::LEN)?;
             Ok(Self {
                 ports: (PortBe(header.half(0)), PortBe(header.half(2))),
+                at: offset,
                 len: (header.byte(tcp::DATA_OFFSET) >> 4) as usize * 4,
                 check: header.half(tcp::CHECK),
                 segment: Segment::from_control(header.byte(tcp::CONTROL)),
@@ -144,6 +181,7 @@ impl Ends {
             let header = packet.window(offset, udp::LEN)?;
             Ok(Self {
                 ports: (PortBe(header.half(0)), PortBe(header.half(2))),
+                at: offset,
                 len: udp::LEN,
                 check: header.half(udp::CHECK),
                 segment: Segment::DATAGRAM,
@@ -283,14 +321,48 @@ mod tests {
     }
 
     #[test]
-    fn fragments_are_left_alone() {
-        for flags in [0x2000_u16, 0x0001, 0x2010] {
+    fn fragments_say_which_part_of_which_datagram_they_are() {
+        for (flags, part) in [
+            (0x0000_u16, Part::Whole),
+            (0x4000, Part::Whole),
+            (0x2000, Part::First),
+            (0x6000, Part::First),
+            (0x0001, Part::Later),
+            (0x2010, Part::Later),
+        ] {
             let mut frame = ipv4_frame();
+            frame[18..20].copy_from_slice(&[0xab, 0xcd]);
             frame[20..22].copy_from_slice(&flags.to_be_bytes());
-            assert_eq!(Ipv4Be::parse(frame.as_slice()), Err(Ignore::Fragment));
+            let parsed = Ipv4Be::parse(frame.as_slice()).unwrap();
+            assert_eq!((parsed.part, parsed.id), (part, u32::from(u16::from_ne_bytes([0xab, 0xcd]))), "{flags:04x}");
+            let port = if part == Part::Later { 0 } else { 80 };
+            assert_eq!((parsed.tuple.destination_port.get(), parsed.has_transport()), (port, port != 0), "{flags:04x}");
+            assert!(part != Part::Later || parsed.segment.is_plain(), "a later fragment begins no connection");
         }
-        let fragment = [17, 0, 0, 1, 0, 0, 0, 1];
-        assert_eq!(Ipv6Be::parse(ipv6_frame(&[&fragment], 44).as_slice()), Err(Ignore::Fragment));
+        for (low, part) in [(0, Part::Whole), (6, Part::Whole), (1, Part::First), (8, Part::Later), (9, Part::Later)] {
+            let fragment = [17, 0, 0, low, 1, 2, 3, 4];
+            let parsed = Ipv6Be::parse(ipv6_frame(&[&fragment], 44).as_slice()).unwrap();
+            let id = if part == Part::Whole { 0 } else { u32::from_ne_bytes([1, 2, 3, 4]) };
+            assert_eq!((parsed.part, parsed.id, parsed.has_transport()), (part, id, part != Part::Later), "{low}");
+        }
+    }
+
+    #[test]
+    fn a_later_fragment_needs_no_more_bytes_than_its_headers() {
+        let mut frame = ipv4_frame();
+        frame[20..22].copy_from_slice(&1_u16.to_be_bytes());
+        assert!(Ipv4Be::parse(&frame[..34]).is_ok());
+        let frame = ipv6_frame(&[&[17, 0, 0, 8, 0, 0, 0, 1]], 44);
+        assert!(Ipv6Be::parse(&frame[..62]).is_ok());
+        assert_eq!(Ipv6Be::parse(&frame[..61]), Err(Ignore::Truncated));
+    }
+
+    /// Whether it belongs to a TCP or UDP packet, only the first fragment tells.
+    #[test]
+    fn a_later_ipv6_fragment_may_begin_with_another_extension() {
+        let parse = |next: u8| Ipv6Be::parse(ipv6_frame(&[&[next, 0, 0, 8, 0, 0, 0, 1]], 44).as_slice());
+        assert_eq!(parse(60).unwrap().part, Part::Later);
+        assert_eq!(parse(58), Err(Ignore::NotTcpOrUdp));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::{
     addr::{Ipv4Be, Ipv6Be},
     flow::{Family, NETWORK},
     wire::{
-        Fields as _, Ignore, PacketBytes,
+        Fields as _, Ignore, PacketBytes, Part,
         ipv4::{self, Ipv4},
         ipv6::{self, Ipv6},
     },
@@ -54,7 +54,7 @@ impl Strays for Ipv4Be {
         if ip.protocol() != Self::ICMP {
             return Ok(Stray::Other);
         }
-        if ip.is_fragment() || ip.header_len()? != ipv4::LEN {
+        if ip.part() != Part::Whole || ip.header_len()? != ipv4::LEN {
             return Ok(Stray::Signal);
         }
         Self::message(packet)

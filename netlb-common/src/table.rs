@@ -558,7 +558,7 @@ impl Scan {
 /// The number of a slot, of which the compiler is to know nothing: it would write the loop out slot by slot, and keep more on the stack than
 /// a BPF program has.
 #[inline(always)]
-fn rolled(mut number: usize) -> usize {
+pub(crate) fn rolled(mut number: usize) -> usize {
     #[cfg(target_arch = "bpf")]
     // SAFETY: copies a register onto itself.
     unsafe {

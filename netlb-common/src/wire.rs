@@ -5,6 +5,7 @@
 //! `network-types`.
 
 pub mod ethernet;
+pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
 pub mod tcp;
@@ -17,12 +18,22 @@ pub enum Ignore {
     NotIp,
     /// Neither TCP nor UDP.
     NotTcpOrUdp,
-    /// A part of a larger datagram: its ports are elsewhere, or its rest is.
-    Fragment,
     /// The frame ends within a header.
     Truncated,
     /// A length that its header cannot have.
     Malformed,
+}
+
+/// What a packet is of its datagram.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// The fragment that has the transport header.
+    First,
+    /// Any other fragment.
+    Later,
 }
 
 /// The bytes of a packet, from its Ethernet header on.

@@ -12,7 +12,7 @@ use netlb_common::{
     counters::Counter,
     flow::{Family, NETWORK, Parsed},
     stray::Strays,
-    wire::{Fields as _, PacketBytes as _, ipv4, ipv6, tcp},
+    wire::{Fields as _, PacketBytes as _, Part, ipv4, ipv6, tcp},
 };
 
 pub(crate) use self::echo::Echo;
@@ -57,6 +57,10 @@ pub(crate) fn answer<A: Answer>(frame: &Skb, packet: &Parsed<A>, mtu: u32) -> i3
         maps::count(Counter::TooBig);
     }
     let Ok(addresses) = frame.hardware_addresses() else { return DROP };
+    // Of a later fragment nobody can say what it is a part of.
+    if mtu == 0 && packet.part == Part::Later {
+        return DROP;
+    }
     // A reset is not answered (RFC 9293 §3.10.7.1), nor is what was sent to many or by nobody (RFC 1122 §3.2.2).
     let is_reset = mtu == 0 && packet.segment.is_reset();
     let has_sender = packet.tuple.source.is_answerable() && packet.tuple.source != packet.tuple.destination;

@@ -170,9 +170,15 @@ fn question<A: Routable>(tuple: &Tuple<A>, input: u32) -> FibLookup {
 /// Asks the kernel's routing where a packet that came in on `input` would go after its translation.
 #[inline(always)]
 pub(crate) fn route<A: Routable>(frame: &impl Frame, packet: &Parsed<A>, tuple: &Tuple<A>, input: u32) -> Route {
+    route_datagram(frame, frame.datagram_len(packet), tuple, input)
+}
+
+/// The same for a datagram of a length.
+#[inline(always)]
+pub(crate) fn route_datagram<A: Routable>(frame: &impl Frame, len: u16, tuple: &Tuple<A>, input: u32) -> Route {
     let bridge = bridge_of(input);
     let mut lookup = question(tuple, if bridge == 0 { input } else { bridge });
-    lookup.__bindgen_anon_1.tot_len = frame.datagram_len(packet);
+    lookup.__bindgen_anon_1.tot_len = len;
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<FibLookup>() as i32, 0) } as u32;
     let out = maps::interface(lookup.ifindex).map_or(0, |interface| interface.flags);

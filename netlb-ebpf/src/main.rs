@@ -8,7 +8,9 @@
 
 mod answer;
 mod forward;
+mod fragment;
 mod frame;
+mod icmp;
 mod maps;
 mod pipeline;
 mod rewrite;

@@ -14,8 +14,10 @@ use netlb_common::{
     balance::{Lookup, Tables, Translation},
     conntrack::State,
     counters::Counter,
-    flow::{Family, HashKey, Parsed},
+    flow::{Family, Fingerprint, HashKey, Parsed},
+    fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop, Way},
+    icmp::{Error, Meaning},
     limit::Limit,
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
@@ -75,6 +77,12 @@ static ADDRESSES: HashMap<Addr, u32, 1, NO_PREALLOC> = HashMap::new();
 static SOURCE_RANGES: LpmTrie<RangeKey, u32, 1> = LpmTrie::new();
 #[btf_map]
 static AFFINITY: HashMap<AffinityKey, Affinity, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static FRAGMENTS: LruHashMap<u64, First, { fragment::DATAGRAMS as usize }> = LruHashMap::new();
+#[btf_map]
+static HELD: Array<Region, { Region::COUNT as usize }> = Array::new();
+#[btf_map]
+static HELD_FRAMES: Array<HeldFrame, { (Region::COUNT * Region::PLACES) as usize }> = Array::new();
 /// What is under way on a CPU. In a map, because a program and all it calls have 512 bytes of stack.
 #[btf_map]
 static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
@@ -84,7 +92,7 @@ static META: Array<Meta, 1> = Array::new();
 
 #[repr(C)]
 struct Scratch {
-    work: [u64; 20],
+    work: [u64; 24],
     new: New,
     /// What an ICMP message quotes, and zeros.
     quote: [u64; QUOTE / size_of::<u64>()],
@@ -102,7 +110,15 @@ pub(crate) struct Work<A> {
     pub(crate) lookup: Lookup,
 }
 
-const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 20]>());
+/// An ICMP error under way: what it says, and what it is to say.
+#[repr(C)]
+pub(crate) struct Errand<A> {
+    pub(crate) error: Error<A>,
+    pub(crate) meaning: Meaning<A>,
+}
+
+const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 24]>());
+const _: () = assert!(size_of::<Errand<Ipv6Be>>() <= size_of::<[u64; 24]>());
 
 /// This CPU's place for the packet under way. Whoever takes it fills it in before reading it.
 #[inline(always)]
@@ -110,6 +126,12 @@ pub(crate) fn work<A: Family>() -> Option<*mut Work<A>> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: within the element.
     Some(unsafe { &raw mut (*scratch).work }.cast())
+}
+
+/// The same place, for an ICMP error.
+#[inline(always)]
+pub(crate) fn errand<A: Family>() -> Option<*mut Errand<A>> {
+    Some(work::<A>()?.cast())
 }
 
 /// The same pointer, of whose contents the compiler knows nothing any more: it reads them again where it needs them, instead of keeping
@@ -340,6 +362,31 @@ pub(crate) fn keep_way(way: &Way, now: Ticks) -> u16 {
 #[inline(always)]
 pub(crate) fn keep_source(addr: Addr) -> u32 {
     snat::keep(|index| SNAT_ADDRESSES.get(index), addr)
+}
+
+/// What the first fragment of a datagram said, if that was seen lately.
+#[inline(always)]
+pub(crate) fn first_fragment(datagram: Fingerprint, now: Ticks) -> Option<First> {
+    // SAFETY: copied at once; an element in use elsewhere meanwhile shows another datagram's, which loses this one.
+    unsafe { FRAGMENTS.get(datagram.0) }.copied().filter(|first| first.is_fresh(now))
+}
+
+#[inline(always)]
+pub(crate) fn remember_fragment(datagram: Fingerprint, first: First) {
+    // It fails only where this CPU is amid a change of the map already. Losing an entry is allowed.
+    let _ = FRAGMENTS.insert(datagram.0, first, 0);
+}
+
+/// The places for fragments that wait for their datagram's first one.
+#[inline(always)]
+pub(crate) fn held_region(datagram: Fingerprint) -> Option<&'static Region> {
+    HELD.get(Region::of(datagram))
+}
+
+/// The frame in a place of a datagram's region.
+#[inline(always)]
+pub(crate) fn held_frame(datagram: Fingerprint, place: usize) -> Option<*mut HeldFrame> {
+    HELD_FRAMES.get_ptr_mut(Region::of(datagram) * Region::PLACES + place as u32)
 }
 
 /// Counts a packet for its service.

@@ -9,20 +9,21 @@ use netlb_common::{
     maps::{Backend, address, role},
     snat::Snat,
     stray::{Stray, Strays},
-    wire::Ignore,
+    wire::{Ignore, Part},
 };
 
 use crate::{
     answer::Answer,
     forward::{self, NoSource, Outcome, Routable},
     frame::Frame,
+    icmp::Errors,
     maps::{self, Kernel, Work},
     rewrite::{Rewrite, RewriteInPlace},
     subprograms::{self, Hook, Parts},
 };
 
 /// A family with all that packets need.
-pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Strays + Parts {}
+pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Errors + Strays + Parts {}
 
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
@@ -31,7 +32,6 @@ impl Packet for Ipv6Be {}
 #[inline(always)]
 fn note(why: Ignore) {
     match why {
-        Ignore::Fragment => maps::count(Counter::Fragment),
         Ignore::Truncated | Ignore::Malformed => maps::count(Counter::Malformed),
         Ignore::NotIp | Ignore::NotTcpOrUdp => {}
     }
@@ -75,6 +75,12 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
     work.translation = Translation::none();
+    if work.packet.part != Part::Whole {
+        match frame.join(work) {
+            Verdict::Translate => {}
+            verdict => return (verdict, None),
+        }
+    }
     // SAFETY: the same reference.
     let work = unsafe { &mut *maps::forget(work) };
     let verdict = match balance::known(Kernel, &work.packet, &work.lookup, can_leave_by, &mut work.translation) {

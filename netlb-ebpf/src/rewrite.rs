@@ -81,6 +81,10 @@ pub(crate) fn rewrite<A: Rewrite>(
     };
     let Tuple { source, destination, .. } = new;
     let has_ports = A::write_header(frame, packet, &Ends { source, destination, ports: ends(&new), ttl }, addresses)?;
+    // A later fragment: what the first one has of the checksum covers it as well.
+    if !has_ports && !packet.has_transport() {
+        return Ok(());
+    }
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
     frame.replace_checksum(check, 0, addresses.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
     let (old, new) = (ends(&packet.tuple), ends(&new));

@@ -7,18 +7,20 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Addr, Address, Ipv4Be, Ipv6Be},
-    balance::{self, Lookup, Reach, Selection, Tables as _, Verdict},
+    balance::{self, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
+    fragment::Region,
     snat::Snat,
     table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
 
 use crate::{
-    answer,
+    answer, fragment,
     frame::{Frame, Skb, Xdp},
-    maps::{self, Kernel, Work},
+    icmp,
+    maps::{self, Errand, Kernel, Work},
     pipeline, tc, xdp,
 };
 
@@ -86,6 +88,60 @@ subprogram! {
     }
 }
 
+subprogram! {
+    fn fragment_hold(skb: *mut __sk_buff, datagram: u64, now: u32) -> u32 {
+        fragment::hold(&Skb::new(skb), Fingerprint(datagram), Ticks(now)) as u32
+    }
+
+    fn fragment_release(skb: *mut __sk_buff, datagram: u64, now: u32) -> u32 {
+        fragment::release(&Skb::new(skb), Fingerprint(datagram), Ticks(now)) as u32
+    }
+
+    fn fragment_send(skb: *mut __sk_buff, datagram: u64, place: u32, is_sent: u32) -> u32 {
+        fragment::send_held(&Skb::new(skb), Fingerprint(datagram), place as usize, is_sent != 0) as u32
+    }
+
+    fn fragment_free_place(datagram: u64, from: u32, now: u32) -> u32 {
+        let region = maps::held_region(Fingerprint(datagram));
+        region.map_or(Region::PLACES as usize, |region| region.free_place(from as usize, Ticks(now))) as u32
+    }
+
+    fn fragment_place_of(datagram: u64, from: u32) -> u32 {
+        let region = maps::held_region(Fingerprint(datagram));
+        region.map_or(Region::PLACES as usize, |region| region.place_of(from as usize, Fingerprint(datagram))) as u32
+    }
+}
+
+/// See [`fragment::hold`].
+#[inline(always)]
+pub(crate) fn hold(frame: &Skb, datagram: Fingerprint, now: Ticks) -> Verdict {
+    verdict(fragment_hold(frame.skb(), datagram.0, now.0))
+}
+
+/// See [`fragment::release`].
+#[inline(always)]
+pub(crate) fn release(frame: &Skb, datagram: Fingerprint, now: Ticks) -> bool {
+    fragment_release(frame.skb(), datagram.0, now.0) != 0
+}
+
+/// See [`fragment::send_held`].
+#[inline(always)]
+pub(crate) fn send_held(frame: &Skb, datagram: Fingerprint, place: usize, is_sent: bool) -> bool {
+    fragment_send(frame.skb(), datagram.0, place as u32, is_sent as u32) != 0
+}
+
+/// See [`Region::free_place`].
+#[inline(always)]
+pub(crate) fn free_place(datagram: Fingerprint, from: usize, now: Ticks) -> usize {
+    fragment_free_place(datagram.0, from as u32, now.0) as usize
+}
+
+/// See [`Region::place_of`].
+#[inline(always)]
+pub(crate) fn place_of(datagram: Fingerprint, from: usize) -> usize {
+    fragment_place_of(datagram.0, from as u32) as usize
+}
+
 /// Logs that a flow began.
 #[inline(always)]
 pub(crate) fn log_flow(frame: &Skb, service: u32) {
@@ -119,10 +175,16 @@ pub(crate) trait Parts: Sized {
     fn tend(work: &Work<Self>);
     /// Rewrites a packet that the kernel sends.
     fn restore(frame: &Skb, work: &Work<Self>) -> i32;
+    /// See [`icmp::read`].
+    fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool;
+    /// See [`icmp::understand`].
+    fn understand_error(errand: *mut Errand<Self>, scope: Scope) -> bool;
+    /// See [`icmp::send`].
+    fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32;
 }
 
 /// Those that need the frame, for each hook and family.
-pub(crate) trait Hook<A>: Frame + Reach<A> {
+pub(crate) trait Hook<A>: Frame + Reach<A> + Join<A> {
     fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
     /// What becomes of a packet that is neither TCP nor UDP.
     fn stray(&self) -> Verdict;
@@ -130,8 +192,44 @@ pub(crate) trait Hook<A>: Frame + Reach<A> {
     fn dispatch(&self, work: &Work<A>) -> i32;
 }
 
+/// What a hook does with fragments.
+pub(crate) trait Join<A> {
+    /// See [`fragment::join`].
+    fn join(&self, work: &mut Work<A>) -> Verdict;
+}
+
+macro_rules! join {
+    ($family:ty, $join:ident) => {
+        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
+        subprogram! {
+            fn $join(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                fragment::join(&Skb::new(skb), work) as u32
+            }
+        }
+
+        impl Join<$family> for Skb {
+            #[inline(always)]
+            fn join(&self, work: &mut Work<$family>) -> Verdict {
+                verdict($join(self.skb(), work))
+            }
+        }
+    };
+}
+
+join!(Ipv4Be, join_v4);
+join!(Ipv6Be, join_v6);
+
+/// They are TC's.
+impl<A> Join<A> for Xdp {
+    #[inline(always)]
+    fn join(&self, _: &mut Work<A>) -> Verdict {
+        Verdict::Pass
+    }
+}
+
 macro_rules! parts {
-    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
@@ -178,6 +276,18 @@ macro_rules! parts {
             fn $restore(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
                 unsafe { work.as_ref() }.map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
             }
+
+            fn $read_error(skb: *mut __sk_buff, errand: *mut Errand<$family>) -> u32 {
+                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::read(&Skb::new(skb), errand)) as u32
+            }
+
+            fn $understand_error(errand: *mut Errand<$family>, scope: u32) -> u32 {
+                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::understand(errand, self::scope(scope))) as u32
+            }
+
+            fn $send_error(skb: *mut __sk_buff, errand: *const Errand<$family>, scope: u32) -> i32 {
+                unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| icmp::send(&Skb::new(skb), errand, self::scope(scope)))
+            }
         }
 
         impl Parts for $family {
@@ -215,12 +325,53 @@ macro_rules! parts {
             fn restore(frame: &Skb, work: &Work<Self>) -> i32 {
                 $restore(frame.skb(), work)
             }
+
+            #[inline(always)]
+            fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool {
+                $read_error(frame.skb(), errand) != 0
+            }
+
+            #[inline(always)]
+            fn understand_error(errand: *mut Errand<Self>, scope: Scope) -> bool {
+                $understand_error(errand, scope as u32) != 0
+            }
+
+            #[inline(always)]
+            fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32 {
+                $send_error(frame.skb(), errand, scope as u32)
+            }
         }
     };
 }
 
-parts!(Ipv4Be, select_v4, remember_v4, unclaimed_v4, answer_v4, echo_v4, lost_reply_v4, tend_v4, restore_v4);
-parts!(Ipv6Be, select_v6, remember_v6, unclaimed_v6, answer_v6, echo_v6, lost_reply_v6, tend_v6, restore_v6);
+parts!(
+    Ipv4Be,
+    select_v4,
+    remember_v4,
+    unclaimed_v4,
+    answer_v4,
+    echo_v4,
+    lost_reply_v4,
+    tend_v4,
+    restore_v4,
+    read_error_v4,
+    understand_error_v4,
+    send_error_v4
+);
+parts!(
+    Ipv6Be,
+    select_v6,
+    remember_v6,
+    unclaimed_v6,
+    answer_v6,
+    echo_v6,
+    lost_reply_v6,
+    tend_v6,
+    restore_v6,
+    read_error_v6,
+    understand_error_v6,
+    send_error_v6
+);
 
 macro_rules! hook {
     ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
@@ -362,6 +513,18 @@ const fn verdict(number: u32) -> Verdict {
         REJECT => Verdict::Reject,
         ECHO => Verdict::Echo,
         _ => Verdict::Drop,
+    }
+}
+
+/// A scope from its number.
+#[inline(always)]
+const fn scope(number: u32) -> Scope {
+    const BOTH: u32 = Scope::Both as u32;
+    const FORWARD: u32 = Scope::Forward as u32;
+    match number {
+        BOTH => Scope::Both,
+        FORWARD => Scope::Forward,
+        _ => Scope::Replies,
     }
 }
 

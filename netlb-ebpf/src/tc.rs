@@ -13,6 +13,7 @@ use crate::{
     DROP, NEXT,
     forward::{self, Outcome, Route},
     frame::{Frame as _, Skb},
+    icmp,
     maps::{self, Work},
     pipeline::{self, Packet},
     rewrite::rewrite,
@@ -67,7 +68,7 @@ where
         (Verdict::Drop, _) => DROP,
         (Verdict::Reject, _) => REJECT,
         (Verdict::Echo, _) => ECHO,
-        _ => NEXT,
+        _ => icmp::pass::<A>(frame, scope),
     };
     if result < REJECT { result } else { A::answer(frame, result) }
 }
@@ -84,7 +85,7 @@ where
             A::restore(frame, work)
         }
         (Verdict::Drop, _) => DROP,
-        _ => NEXT,
+        _ => icmp::pass::<A>(frame, Scope::Replies),
     }
 }
 

@@ -318,8 +318,8 @@ impl Config {
 
     pub fn to_toml(&self) -> String {
         let mut toml = format!(
-            "[node]\npod_interfaces = [{:?}]\nbridges = {:?}\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n",
-            self.pods, self.bridges, self.uplinks, self.forwarding, self.xdp
+            "[node]\npod_interfaces = [{:?}]\nbridges = {:?}\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n{}",
+            self.pods, self.bridges, self.uplinks, self.forwarding, self.xdp, self.node
         );
         toml.push_str(&self.node);
         toml.extend(self.services.iter().map(Service::to_toml));

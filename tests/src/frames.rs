@@ -11,6 +11,8 @@ pub type Mac = [u8; 6];
 pub const ETHERNET: usize = 14;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
+/// The number of IPv6's fragment header.
+const FRAGMENT: u8 = 44;
 
 /// A TCP or UDP packet in an Ethernet frame.
 #[derive(Clone, Debug, PartialEq)]
@@ -228,6 +230,37 @@ pub fn patch(frame: &mut [u8], at: usize, bytes: &[u8]) {
             header[10..12].copy_from_slice(&sum.to_ne_bytes());
         }
     }
+}
+
+/// A frame's datagram in fragments of at most so many bytes each (a multiple of eight), as a host sends them. Extension headers of the frame
+/// are fragmented with the rest.
+pub fn fragments(frame: &[u8], id: u32, size: usize) -> Vec<Vec<u8>> {
+    let is_ipv4 = frame[12..14] == IPV4.to_be_bytes();
+    let header = ETHERNET + if is_ipv4 { usize::from(frame[ETHERNET] & 0xf) * 4 } else { Ipv6Header::LEN };
+    let (header, payload) = frame.split_at(header);
+    let count = payload.len().div_ceil(size);
+    let fragment = |(number, bytes): (usize, &[u8])| {
+        let more = number + 1 < count;
+        let offset = (number * size / 8) as u16;
+        let mut fragment = header.to_vec();
+        if is_ipv4 {
+            fragment.extend(bytes);
+            let len = (fragment.len() - ETHERNET) as u16;
+            patch(&mut fragment, ETHERNET + 2, &len.to_be_bytes());
+            patch(&mut fragment, ETHERNET + 4, &(id as u16).to_be_bytes());
+            patch(&mut fragment, ETHERNET + 6, &(u16::from(more) << 13 | offset).to_be_bytes());
+        } else {
+            let next = std::mem::replace(&mut fragment[ETHERNET + 6], FRAGMENT);
+            fragment.extend([next, 0]);
+            fragment.extend((offset << 3 | u16::from(more)).to_be_bytes());
+            fragment.extend(id.to_be_bytes());
+            fragment.extend(bytes);
+            let len = (fragment.len() - ETHERNET - Ipv6Header::LEN) as u16;
+            fragment[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&len.to_be_bytes());
+        }
+        fragment
+    };
+    payload.chunks(size).enumerate().map(fragment).collect()
 }
 
 #[cfg(test)]

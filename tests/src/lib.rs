@@ -15,6 +15,7 @@ pub mod guardian;
 pub mod lab;
 pub mod load;
 pub mod netns;
+pub mod raw;
 pub mod run;
 pub mod servers;
 pub mod sockets;

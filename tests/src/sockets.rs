@@ -61,7 +61,7 @@ impl Client {
         Ok(self.tell(&format!("sendto {to} {what}"))?.map(drop))
     }
 
-    /// The next datagram, of an echo server: its sender and what it says. It waits for a second.
+    /// The next datagram or line of an echo server: its sender and what it says. It waits for a second.
     pub fn receive(&mut self) -> Result<Result<(SocketAddr, Answer), Errno>> {
         let answer = match self.tell("recv")? {
             Ok(answer) => answer,
@@ -81,6 +81,20 @@ impl Client {
     pub fn ask_peer(&mut self, what: &str) -> Result<(SocketAddr, Answer)> {
         self.send(what)??;
         Ok(self.receive()??)
+    }
+
+    /// Connects a new socket to an echo server, and gives its answer.
+    pub fn connect_and_ask(&mut self, protocol: Protocol, to: SocketAddr) -> Result<Result<Answer, Errno>> {
+        if protocol == Protocol::Udp {
+            self.open(if to.is_ipv4() { Family::V4 } else { Family::V6 })?;
+        }
+        if let Err(error) = self.connect(protocol, to)? {
+            return Ok(Err(error));
+        }
+        if let Err(error) = self.send("who")? {
+            return Ok(Err(error));
+        }
+        Ok(self.receive()?.map(|(_, answer)| answer))
     }
 
     /// Connects streams one after the other for a time, and gives how many there were and how many failed.

@@ -157,30 +157,6 @@ fn frames_with_a_vlan_tag_pass_bit_for_bit() -> TestResult {
 }
 
 #[test]
-fn fragments_pass_bit_for_bit_and_are_counted() -> TestResult {
-    let mut lab = Lab::fast()?;
-    for case in CASES {
-        lab.begin([case.service(&[3])]);
-        let packet = case.packet(case.client(40000), case.vip(80));
-        let frames = match case.family {
-            // More fragments; an offset and more; an offset.
-            Family::V4 => [0x2000_u16, 0x2004, 0x0004].map(|bits| {
-                let mut frame = packet.frame();
-                patch(&mut frame, ETHERNET + 6, &bits.to_be_bytes());
-                frame
-            }),
-            Family::V6 => [[0, 1], [0x01, 1], [0x01, 0]]
-                .map(|[high, low]| packet.clone().extension(FRAGMENT, [0, 0, high, low, 1, 2, 3, 4]).frame()),
-        };
-        for (n, frame) in frames.iter().enumerate() {
-            untouched(&lab, frame, &format!("{case}: fragment {n}"));
-            assert_eq!(lab.counts(), [(Counter::Fragment, 1)], "{case}: fragment {n}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
 fn a_frame_cut_at_any_length_passes_and_is_malformed() -> TestResult {
     let mut lab = Lab::fast()?;
     for case in CASES {

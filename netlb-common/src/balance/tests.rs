@@ -13,6 +13,7 @@ use crate::{
     maps::algorithm,
     table::{Bucket, Place, Record, Storage},
     testing::Memory,
+    wire::Part,
 };
 
 const NOW: Ticks = Ticks(5000);
@@ -82,6 +83,8 @@ impl Node {
             check: 0,
             dont_fragment: true,
             segment: Segment::from_control(segment),
+            part: Part::Whole,
+            id: 0,
         }
     }
 

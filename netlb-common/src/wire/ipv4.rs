@@ -4,20 +4,21 @@ use core::mem::{offset_of, size_of};
 
 use network_types::ip::Ipv4Hdr;
 
-use super::{Fields, Ignore, PacketBytes};
+use super::{Fields, Ignore, PacketBytes, Part};
 use crate::addr::Ipv4Be;
 
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
+pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
 pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
 pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);
 pub const DESTINATION: usize = offset_of!(Ipv4Hdr, dst_addr);
 
 const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
-/// More fragments, or an offset.
-const FRAGMENT: u16 = 0x3fff_u16.to_be();
+const MORE_FRAGMENTS: u16 = 0x2000_u16.to_be();
+const OFFSET: u16 = 0x1fff_u16.to_be();
 
 /// A header that is there in its fixed part.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +39,24 @@ impl<W: Fields> Ipv4<W> {
     }
 
     #[inline(always)]
-    pub fn is_fragment(self) -> bool {
-        self.0.half(offset_of!(Ipv4Hdr, frags)) & FRAGMENT != 0
+    pub fn part(self) -> Part {
+        match self.0.half(offset_of!(Ipv4Hdr, frags)) & (MORE_FRAGMENTS | OFFSET) {
+            0 => Part::Whole,
+            MORE_FRAGMENTS => Part::First,
+            _ => Part::Later,
+        }
+    }
+
+    /// What the fragments of a datagram have in common.
+    #[inline(always)]
+    pub fn id(self) -> u16 {
+        self.0.half(offset_of!(Ipv4Hdr, id))
+    }
+
+    /// The packet's length, this header included.
+    #[inline(always)]
+    pub fn total_len(self) -> u16 {
+        u16::from_be(self.0.half(TOTAL_LEN))
     }
 
     #[inline(always)]
@@ -54,7 +71,7 @@ impl<W: Fields> Ipv4<W> {
 
     #[inline(always)]
     pub fn protocol(self) -> u8 {
-        self.0.byte(offset_of!(Ipv4Hdr, proto))
+        self.0.byte(PROTOCOL)
     }
 
     #[inline(always)]

@@ -4,11 +4,12 @@ use core::mem::{offset_of, size_of};
 
 use network_types::ip::Ipv6Hdr;
 
-use super::{Fields, Ignore, PacketBytes, tcp, udp};
+use super::{Fields, Ignore, PacketBytes, Part, tcp, udp};
 use crate::addr::Ipv6Be;
 
 pub const LEN: usize = size_of::<Ipv6Hdr>();
 pub const PAYLOAD_LEN: usize = offset_of!(Ipv6Hdr, payload_len);
+pub const NEXT_HEADER: usize = offset_of!(Ipv6Hdr, next_hdr);
 pub const HOP_LIMIT: usize = offset_of!(Ipv6Hdr, hop_limit);
 pub const SOURCE: usize = offset_of!(Ipv6Hdr, src_addr);
 pub const DESTINATION: usize = offset_of!(Ipv6Hdr, dst_addr);
@@ -35,7 +36,13 @@ impl<W: Fields> Ipv6<W> {
 
     #[inline(always)]
     pub fn next_header(self) -> u8 {
-        self.0.byte(offset_of!(Ipv6Hdr, next_hdr))
+        self.0.byte(NEXT_HEADER)
+    }
+
+    /// What follows this header.
+    #[inline(always)]
+    pub fn payload_len(self) -> u16 {
+        u16::from_be(self.0.half(PAYLOAD_LEN))
     }
 
     #[inline(always)]
@@ -65,22 +72,44 @@ pub const fn is_extension(header: u8) -> bool {
         || header == FRAGMENT
 }
 
-/// The protocol of the transport header and where it stands, past the extension headers.
+/// The offset, and whether more fragments follow (RFC 8200 §4.5).
+const MORE_FRAGMENTS: u16 = 1_u16.to_be();
+const OFFSET: u16 = 0xfff8_u16.to_be();
+
+/// What stands past the extension headers.
+#[derive(Clone, Copy, Debug)]
+pub struct Transport {
+    /// For a later fragment the header after the fragment header, which may be another extension.
+    pub protocol: u8,
+    /// Where it stands.
+    pub offset: usize,
+    pub part: Part,
+    /// What the fragments of a datagram have in common.
+    pub id: u32,
+}
+
+/// Passes over the extension headers.
 #[inline(always)]
-pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<(u8, usize), Ignore> {
+pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: usize) -> Result<Transport, Ignore> {
     let mut header = first;
+    let (mut part, mut id) = (Part::Whole, 0);
     for _ in 0..=MAX_EXTENSIONS {
         if header == tcp::PROTOCOL || header == udp::PROTOCOL {
-            return Ok((header, offset));
+            return Ok(Transport { protocol: header, offset, part, id });
         }
         if !is_extension(header) {
             return Err(Ignore::NotTcpOrUdp);
         }
+        if part == Part::Later {
+            return Ok(Transport { protocol: header, offset, part, id });
+        }
         let extension = packet.window(offset, 8)?;
         if header == FRAGMENT {
-            // Offset or the M flag; with neither this is an atomic fragment (RFC 6946), a whole datagram.
-            if extension.half(2) & 0xfff9_u16.to_be() != 0 {
-                return Err(Ignore::Fragment);
+            // With neither of both this is an atomic fragment (RFC 6946), a whole datagram.
+            match extension.half(2) & (MORE_FRAGMENTS | OFFSET) {
+                0 => {}
+                MORE_FRAGMENTS => (part, id) = (Part::First, extension.word(4)),
+                _ => (part, id) = (Part::Later, extension.word(4)),
             }
             offset += 8;
         } else if header == AUTHENTICATION {

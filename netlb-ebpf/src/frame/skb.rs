@@ -6,12 +6,15 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
-    helpers::{bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
+    bindings::{
+        __sk_buff, BPF_CSUM_LEVEL_RESET, BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+    },
+    helpers::{bpf_clone_redirect, bpf_csum_level, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use netlb_common::{
     flow::{NETWORK, Parsed},
+    fragment::{FRAME, HeldFrame},
     wire::{Fields as _, Ignore, PacketBytes, ethernet},
 };
 
@@ -117,11 +120,55 @@ impl Skb {
         self.0.l4_csum_replace(offset, from, to, flags).map_err(|_| Refused)
     }
 
-    /// Cuts the frame to a length.
+    /// Gives the frame a length.
     #[inline(always)]
     pub(crate) fn truncate(&self, len: u32) -> Result<(), Refused> {
         // SAFETY: the helper checks the length.
         if unsafe { bpf_skb_change_tail(self.skb(), len, 0) } == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    /// Copies the whole frame, if it can be held and stands for one packet.
+    #[inline(always)]
+    pub(crate) fn copy_to(&self, held: *mut HeldFrame) -> Result<(), Refused> {
+        let len = self.len();
+        if self.segment_size() != 0 || len <= NETWORK as u32 || len > FRAME as u32 {
+            return Err(Refused);
+        }
+        // SAFETY: the length was compared with the room; nobody else has the frame.
+        unsafe {
+            (*held).len = len;
+            let to = (&raw mut (*held).bytes).cast();
+            if bpf_skb_load_bytes(self.as_ptr(), 0, to, len) == 0 { Ok(()) } else { Err(Refused) }
+        }
+    }
+
+    /// Becomes a copy of another frame, of the same kind.
+    #[inline(always)]
+    pub(crate) fn copy_from(&self, held: *const HeldFrame) -> Result<(), Refused> {
+        // SAFETY: readable, as the caller has it.
+        let len = unsafe { (*held).len };
+        if len <= NETWORK as u32 || len > FRAME as u32 {
+            return Err(Refused);
+        }
+        self.truncate(len)?;
+        // SAFETY: the length was compared with the room. What a device said of this frame's checksum it did not say of the other's; a sum over
+        // all bytes, which begins past the Ethernet header, is carried on.
+        unsafe {
+            let from = (&raw const (*held).bytes).cast::<u8>();
+            bpf_csum_level(self.skb(), BPF_CSUM_LEVEL_RESET as u64);
+            let (skb, at, recompute) = (self.skb(), NETWORK as u32, BPF_F_RECOMPUTE_CSUM as u64);
+            let stored = bpf_skb_store_bytes(skb, 0, from.cast(), at, 0) == 0
+                && bpf_skb_store_bytes(skb, at, from.add(NETWORK).cast(), len - at, recompute) == 0;
+            if stored { Ok(()) } else { Err(Refused) }
+        }
+    }
+
+    /// Has a copy of the frame come in once more.
+    #[inline(always)]
+    pub(crate) fn receive_copy(&self) -> Result<(), Refused> {
+        // SAFETY: plain integers.
+        let result = unsafe { bpf_clone_redirect(self.skb(), self.interface(), BPF_F_INGRESS as u64) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
     }
 
     /// Makes room after the Ethernet header, or takes bytes away.

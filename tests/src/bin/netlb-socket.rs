@@ -1,6 +1,6 @@
 //! Socket for tests: reads a command from each line, does it, and answers with `ok …` or `error ERRNO` on a line.
 
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -44,12 +44,18 @@ fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
             *socket = Some(Socket::Datagrams(opened));
         }
         (["connect", "tcp", to], _) => {
-            *socket = Some(Socket::Stream(TcpStream::connect_timeout(&to.parse()?, PATIENCE)?));
+            let stream = TcpStream::connect_timeout(&to.parse()?, PATIENCE)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            *socket = Some(Socket::Stream(stream));
         }
         (["connect", "udp", to], Some(Socket::Datagrams(socket))) => socket.connect(to.parse::<SocketAddr>()?)?,
         (["peer"], Some(Socket::Datagrams(socket))) => return Ok(socket.peer_addr()?.to_string()),
         (["peer"], Some(Socket::Stream(socket))) => return Ok(socket.peer_addr()?.to_string()),
         (["send", what], Some(Socket::Datagrams(socket))) => drop(socket.send(what.as_bytes())?),
+        (["send", what], Some(Socket::Stream(stream))) => {
+            let mut stream = stream;
+            stream.write_all(format!("{what}\n").as_bytes())?;
+        }
         (["sendto", to, what], Some(Socket::Datagrams(socket))) => {
             socket.send_to(what.as_bytes(), to.parse::<SocketAddr>()?)?;
         }
@@ -57,6 +63,11 @@ fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
             let mut datagram = vec![0; 1 << 16];
             let (length, from) = socket.recv_from(&mut datagram)?;
             return Ok(format!("{from} {}", String::from_utf8_lossy(&datagram[..length]).trim_end()));
+        }
+        (["recv"], Some(Socket::Stream(stream))) => {
+            let mut line = String::new();
+            BufReader::new(stream).read_line(&mut line)?;
+            return Ok(format!("{} {}", stream.peer_addr()?, line.trim_end()));
         }
         (["connect-for", millis, to], _) => return connect_for(Duration::from_millis(millis.parse()?), to.parse()?),
         _ => bail!("cannot do `{line}`"),

@@ -8,6 +8,7 @@ use netlb_common::{
     conntrack::State,
     counters::Counter,
     filter,
+    fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop},
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
@@ -181,6 +182,9 @@ impl Layout {
             Spec::hash::<Addr, u32>("ADDRESSES", Hash, addresses),
             Spec::trie::<RangeKey, u32>("SOURCE_RANGES", source_ranges),
             Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, affinities),
+            Spec::hash::<u64, First>("FRAGMENTS", LruHash, fragment::DATAGRAMS),
+            Spec::array::<Region>("HELD", Array, Region::COUNT),
+            Spec::array::<HeldFrame>("HELD_FRAMES", Array, Region::COUNT * Region::PLACES),
             Spec::array::<Meta>("META", Array, 1),
         ]
     }
@@ -289,6 +293,9 @@ mod tests {
                 ("ADDRESSES", 17_408),
                 ("SOURCE_RANGES", 65_536),
                 ("AFFINITY", 65_536),
+                ("FRAGMENTS", 4096),
+                ("HELD", 4),
+                ("HELD_FRAMES", 256),
                 ("META", 1),
             ]
         );

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use netlb::config::Limits;
-use netlb::model::{Algorithm, Backend, BackendState, Frontend, Protocol, Service, Weight};
+use netlb::model::{Algorithm, Backend, Frontend, Protocol, Service};
 use netlb_integration::frames::{ACK, SYN, SYN_ACK, Segment};
 use netlb_integration::lab::{self, BACKENDS, CLIENTS};
 use netlb_integration::topology::Family;

@@ -1,0 +1,314 @@
+//! ICMP errors that quote a translated packet, and what makes them errors about the packet that was sent.
+//!
+//! An error goes to the sender of the packet that it quotes. Turned round, the quoted tuple is that of the other direction, whose slot says
+//! what the packet was before its translation:
+//!
+//! | quoted | slot | goes to | then quotes |
+//! |---|---|---|---|
+//! | a request: client, or the node in its place, to backend | reply | client | client to frontend |
+//! | a reply: frontend to client | forward | backend | backend to client, or to the node in its place |
+//!
+//! The error's own source stays where it is a router's: whoever traces a path wants it. An end of the flow that says something itself is
+//! called what the receiver knows it by.
+
+use crate::{
+    addr::{Address, Ipv4Be, Ipv6Be, PortBe},
+    balance::{Scope, Tables, Translation},
+    checksum::{self, Delta},
+    conntrack::Direction,
+    filter::{self, Kind},
+    flow::{Family, NETWORK, Tuple},
+    stray::Strays,
+    time::Ticks,
+    wire::{
+        Fields as _, Ignore, PacketBytes, Part,
+        icmp::{self, v4, v6},
+        ipv4::Ipv4,
+        ipv6::{self, Ipv6, Transport},
+        tcp, udp,
+    },
+};
+
+/// What an IP header says that a translation changes or needs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Header<A> {
+    pub source: A,
+    pub destination: A,
+    /// IPv4 only; zero for IPv6.
+    pub check: u16,
+    pub ttl: u8,
+    pub protocol: u8,
+}
+
+impl<A: Address> Header<A> {
+    /// The same with other addresses and hops left.
+    #[inline(always)]
+    fn with(&self, source: A, destination: A, ttl: u8) -> Self {
+        let mut new = Self { source, destination, ttl, ..*self };
+        if !A::IS_V6 {
+            let hops =
+                Delta::half(u16::from_ne_bytes([self.ttl, self.protocol]), u16::from_ne_bytes([ttl, self.protocol]));
+            new.check = checksum::update(self.check, self.change_to(&new).plus(hops));
+        }
+        new
+    }
+
+    /// The change of the sum of both addresses.
+    #[inline(always)]
+    fn change_to(&self, new: &Self) -> Delta {
+        Delta::address(self.source, new.source).plus(Delta::address(self.destination, new.destination))
+    }
+}
+
+/// An ICMP error, read once.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Error<A> {
+    pub outer: Header<A>,
+    pub quoted: Header<A>,
+    /// Where the ICMP header stands, in bytes from the frame's start.
+    pub message: usize,
+    /// Where the quoted transport header stands.
+    pub transport: usize,
+    pub ports: [PortBe; 2],
+    /// The quoted transport checksum, if the quotation goes that far.
+    pub check: u16,
+    pub has_check: bool,
+}
+
+/// A family whose errors can be read.
+pub trait Messages: Strays {
+    /// Where the protocol's number stands in an IP header without extensions.
+    const PROTOCOL_AT: usize;
+
+    /// Whether messages of a type quote a packet.
+    fn is_error(kind: u8) -> bool;
+
+    /// The header of the packet, where the message begins, and where it ends.
+    fn outer(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, usize), Ignore>;
+
+    /// The header of a quoted packet, and where its transport header begins.
+    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore>;
+}
+
+impl Messages for Ipv4Be {
+    const PROTOCOL_AT: usize = crate::wire::ipv4::PROTOCOL;
+
+    #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        v4::is_error(kind)
+    }
+
+    #[inline(always)]
+    fn outer(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, usize), Ignore> {
+        let ip = Ipv4::at(packet, NETWORK)?;
+        let message = NETWORK + ip.header_len()?;
+        // Neither a part of an error nor one that is yet to be put together can be summed.
+        if ip.protocol() != v4::PROTOCOL || ip.part() != Part::Whole {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((header(ip), message, NETWORK + ip.total_len() as usize))
+    }
+
+    #[inline(always)]
+    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
+        let ip = Ipv4::at(packet, at)?;
+        let transport = at + ip.header_len()?;
+        // A first fragment has the ports, a later one does not.
+        if !is_balanced(ip.protocol()) || ip.part() == Part::Later {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((header(ip), transport))
+    }
+}
+
+#[inline(always)]
+fn header(ip: Ipv4<impl crate::wire::Fields>) -> Header<Ipv4Be> {
+    Header {
+        source: ip.source(),
+        destination: ip.destination(),
+        check: ip.check(),
+        ttl: ip.ttl(),
+        protocol: ip.protocol(),
+    }
+}
+
+impl Messages for Ipv6Be {
+    const PROTOCOL_AT: usize = ipv6::NEXT_HEADER;
+
+    #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        v6::is_error(kind)
+    }
+
+    #[inline(always)]
+    fn outer(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, usize), Ignore> {
+        let ip = Ipv6::at(packet, NETWORK)?;
+        if ip.next_header() != v6::PROTOCOL {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        let message = NETWORK + ipv6::LEN;
+        Ok((
+            Header { source, destination, check: 0, ttl, protocol: v6::PROTOCOL },
+            message,
+            message + ip.payload_len() as usize,
+        ))
+    }
+
+    #[inline(always)]
+    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
+        let ip = Ipv6::at(packet, at)?;
+        let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        let Transport { protocol, offset, part, .. } = ipv6::transport(packet, ip.next_header(), at + ipv6::LEN)?;
+        // A first fragment has the ports, a later one does not.
+        if part == Part::Later {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((Header { source, destination, check: 0, ttl, protocol }, offset))
+    }
+}
+
+#[inline(always)]
+const fn is_balanced(protocol: u8) -> bool {
+    protocol == tcp::PROTOCOL || protocol == udp::PROTOCOL
+}
+
+/// Reads the error in a frame.
+#[inline(always)]
+pub fn read<A: Messages>(packet: &(impl PacketBytes + ?Sized)) -> Result<Error<A>, Ignore> {
+    let (outer, message, end) = A::outer(packet)?;
+    if !A::is_error(packet.window(message, icmp::LEN)?.byte(0)) {
+        return Err(Ignore::NotTcpOrUdp);
+    }
+    let (quoted, transport) = A::quoted(packet, message + icmp::LEN)?;
+    // What a frame has beyond its packet is nobody's.
+    if transport + icmp::QUOTED > end {
+        return Err(Ignore::Truncated);
+    }
+    let ends = packet.window(transport, icmp::QUOTED)?;
+    let at = if quoted.protocol == tcp::PROTOCOL { tcp::CHECK } else { udp::CHECK };
+    let has_check = transport + at + 2 <= end;
+    Ok(Error {
+        outer,
+        quoted,
+        message,
+        transport,
+        ports: [PortBe(ends.half(0)), PortBe(ends.half(2))],
+        check: if has_check { packet.window(transport + at, 2)?.half(0) } else { 0 },
+        has_check,
+    })
+}
+
+/// What an error shall say: its ends, and the packet that its receiver sent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Meaning<A> {
+    pub source: A,
+    pub destination: A,
+    pub quoted: Tuple<A>,
+    /// Whether the flow has an address of the node as its source: the kernel would forward nothing that comes in with it or goes to it.
+    pub has_snat: bool,
+}
+
+/// What is written into an error's packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Edit<A> {
+    pub outer: Header<A>,
+    pub quoted: Header<A>,
+    pub ports: [PortBe; 2],
+    /// The quoted transport checksum, if the quotation goes that far.
+    pub check: u16,
+    /// The change of the sum of the outer addresses, which ICMPv6 covers and ICMP does not.
+    pub addresses: Delta,
+    /// The change of the sum of what is quoted.
+    pub message: Delta,
+}
+
+impl<A: Family> Error<A> {
+    /// The quoted packet's tuple.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tuple(&self) -> Tuple<A> {
+        let [source_port, destination_port] = self.ports;
+        let Header { source, destination, protocol, .. } = self.quoted;
+        Tuple { source, destination, source_port, destination_port, protocol }
+    }
+
+    /// Where the quoted transport checksum stands.
+    #[inline(always)]
+    #[must_use]
+    pub const fn check_at(&self) -> usize {
+        self.transport + if self.quoted.protocol == tcp::PROTOCOL { tcp::CHECK } else { udp::CHECK }
+    }
+
+    /// What is to be written; `ttl` is what the error's own header shall say.
+    #[inline(always)]
+    #[must_use]
+    pub fn edit(&self, meaning: &Meaning<A>, ttl: u8) -> Edit<A> {
+        let Meaning { source, destination, quoted: Tuple { source_port, destination_port, .. }, .. } = *meaning;
+        let outer = self.outer.with(source, destination, ttl);
+        let quoted = self.quoted.with(meaning.quoted.source, meaning.quoted.destination, self.quoted.ttl);
+        let [old_source, old_destination] = self.ports;
+        let ports = Delta::half(old_source.0, source_port.0).plus(Delta::half(old_destination.0, destination_port.0));
+        let addresses = self.quoted.change_to(&quoted);
+        let covered = addresses.plus(ports);
+        let check = if !self.has_check {
+            self.check
+        } else if self.quoted.protocol == udp::PROTOCOL {
+            checksum::update_udp(self.check, covered)
+        } else {
+            checksum::update(self.check, covered)
+        };
+        let checks = Delta::half(self.check, check).plus(Delta::half(self.quoted.check, quoted.check));
+        Edit {
+            outer,
+            quoted,
+            ports: [source_port, destination_port],
+            check,
+            addresses: self.outer.change_to(&outer),
+            message: covered.plus(checks),
+        }
+    }
+}
+
+/// Whether an error may be about a packet that was translated. Most that are not end here.
+#[inline(always)]
+pub fn is_candidate<A: Family>(tables: &impl Tables, error: &Error<A>) -> bool {
+    let bits = tables.filter_bits_log2();
+    tables.filter_has(filter::bit(error.quoted.destination, Kind::Backend, bits))
+        || tables.filter_has(filter::bit(error.quoted.source, Kind::Frontend, bits))
+}
+
+/// What an error about a translated packet shall say. None if it is about no such packet, or if another hook translates it.
+///
+/// It is no packet of the flow: nothing is noted in the flow table.
+#[inline(always)]
+pub fn translate<A: Family, T: Tables>(tables: T, error: &Error<A>, scope: Scope, now: Ticks) -> Option<Meaning<A>> {
+    let Error { outer, quoted, .. } = error;
+    // Errors go to who sent the packet; others are forged or lost.
+    if outer.destination != quoted.source {
+        return None;
+    }
+    let other = error.tuple().reversed();
+    let fingerprint = tables.hash_key().fingerprint(&other);
+    let found = tables.find(fingerprint, now)?;
+    let direction = found.data.direction();
+    let has_snat = found.data.has_snat();
+    // As with packets: what comes to an address of the node is translated where it comes in.
+    let comes_to_node = has_snat && scope == Scope::Forward;
+    if !scope.has(direction) && !comes_to_node {
+        return None;
+    }
+    let mut translation = match direction {
+        Direction::Forward => Translation::to_backend(tables.backend(found.data.id())?, false),
+        Direction::Reply => Translation::to_frontend(tables.frontend(found.data.id())?),
+    };
+    if has_snat && !translation.read_other(tables, fingerprint, found) {
+        return None;
+    }
+    let sent = translation.apply(&other).reversed();
+    let source = if outer.source == quoted.destination { sent.destination } else { outer.source };
+    Some(Meaning { source, destination: sent.source, quoted: sent, has_snat })
+}
+
+#[cfg(test)]
+mod tests;

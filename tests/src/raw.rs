@@ -1,0 +1,73 @@
+//! Sockets below UDP and TCP: packets sent as they are, and frames as an interface gets them.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use crate::frames::ETHERNET;
+
+/// Sends the packet of a frame as it is, headers included, by the routes of the calling thread's namespace.
+pub fn send(socket: &UdpSocket, frame: &[u8], to: IpAddr) -> io::Result<()> {
+    socket.send_to(&frame[ETHERNET..], SocketAddr::new(to, 0)).map(|_| ())
+}
+
+/// A socket for [`send`], of the family of an address.
+pub fn sender(to: IpAddr) -> io::Result<UdpSocket> {
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // It is none of UDP, but sends to an address as such a socket does.
+    open(family, libc::SOCK_RAW, libc::IPPROTO_RAW).map(UdpSocket::from)
+}
+
+/// What an interface of the calling thread's namespace receives, from now on.
+#[derive(Debug)]
+pub struct Tap(OwnedFd);
+
+impl Tap {
+    pub fn on(interface: u32) -> io::Result<Self> {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        let socket = open(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_NONBLOCK, all.into())?;
+        // SAFETY: plain integers.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = all;
+        address.sll_ifindex = interface as i32;
+        let len = size_of_val(&address) as u32;
+        // SAFETY: the address is readable for its length.
+        let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+        if result == 0 { Ok(Self(socket)) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// What came since this was last asked, without what the node itself sent.
+    pub fn frames(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        loop {
+            let mut frame = vec![0_u8; 1 << 16];
+            // SAFETY: plain integers.
+            let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+            let mut from_len = size_of_val(&from) as u32;
+            // SAFETY: both buffers are writable for their lengths.
+            let len = unsafe {
+                let (data, from) = (frame.as_mut_ptr().cast(), (&raw mut from).cast());
+                libc::recvfrom(self.0.as_raw_fd(), data, frame.len(), 0, from, &mut from_len)
+            };
+            if len < 0 {
+                let error = io::Error::last_os_error();
+                return if error.kind() == io::ErrorKind::WouldBlock { Ok(frames) } else { Err(error) };
+            }
+            frame.truncate(len as usize);
+            if from.sll_pkttype != libc::PACKET_OUTGOING {
+                frames.push(frame);
+            }
+        }
+    }
+}
+
+fn open(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain integers; the descriptor is new.
+    unsafe {
+        match libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) {
+            -1 => Err(io::Error::last_os_error()),
+            socket => Ok(OwnedFd::from_raw_fd(socket)),
+        }
+    }
+}
