@@ -321,7 +321,6 @@ impl Config {
             "[node]\npod_interfaces = [{:?}]\nbridges = {:?}\nuplinks = {:?}\nforwarding = \"{}\"\nxdp = \"{}\"\n{}",
             self.pods, self.bridges, self.uplinks, self.forwarding, self.xdp, self.node
         );
-        toml.push_str(&self.node);
         toml.extend(self.services.iter().map(Service::to_toml));
         toml + &self.extra
     }
