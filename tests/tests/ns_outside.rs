@@ -1,13 +1,15 @@
 //! Traffic from outside the cluster, which comes in on an uplink.
 
 use netlb_integration::clients;
-use netlb_integration::daemon::{Config, Forwarding, Netlb};
+use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
+use netlb_integration::exec::wait_until;
 use netlb_integration::servers::{self, Protocol, Server};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Testbed, vip};
 
 use anyhow::{Context, Result};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 #[test]
 fn a_client_outside_is_served_by_backends_of_the_node_and_they_see_its_address() -> TestResult {
@@ -56,6 +58,64 @@ fn a_client_outside_is_served_by_backends_of_other_nodes() -> TestResult {
         }
         assert_eq!(counter(&netlb, "needs_snat")?, 0);
     }
+    Ok(())
+}
+
+/// A node port is served at the node's address. With policy `local`, clients outside get backends of the node, which see who they are; and
+/// another address of the node is served as soon as it is there.
+#[test]
+fn a_node_port_leads_to_backends_of_the_node_where_the_policy_says_so() -> TestResult {
+    let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
+    let (near, far) = (bed.pod(Host::A, "near")?, bed.pod(Host::B, "far")?);
+    let servers = [servers::nginx(&near, 8080)?, servers::nginx(&far, 8080)?];
+    let service = |family: Family, policy: &str, port: u16| {
+        Service::without_frontend(&format!("{policy}-{family}").to_lowercase(), [])
+            .node_port(port)
+            .external_traffic_policy(policy)
+            .backend_on(servers[0].addr(family), "a")
+            .backend_on(servers[1].addr(family), "b")
+    };
+    let mut config =
+        Config::new(bed.node_a(), Forwarding::Fast).node("name = \"a\"").node("node_port_addresses = \"all\"");
+    for (family, port) in Family::BOTH.into_iter().zip([30080, 31080]) {
+        config = config.service(service(family, "cluster", port)).service(service(family, "local", port + 1));
+    }
+    let netlb = Netlb::start(bed.node_a(), &config)?;
+    let outside = bed.outside()?;
+    for (family, port) in Family::BOTH.into_iter().zip([30080, 31080]) {
+        let node = Host::A.underlay_address(family);
+        let client = outside.enter(|| local_address(SocketAddr::new(node, port)))??;
+        for (port, is_local) in [(port, false), (port + 1, true)] {
+            let mut seen = std::collections::BTreeSet::new();
+            for _ in 0..30 {
+                let server = SocketAddr::new(node, port);
+                let answer = clients::curl(outside, server).with_context(|| server.to_string())?;
+                assert!(!is_local || answer.client.ip() == client, "{answer:?} to {client}");
+                seen.insert(answer.backend);
+            }
+            let expected =
+                if is_local { vec![servers[0].addr(family)] } else { servers.iter().map(|s| s.addr(family)).collect() };
+            assert_eq!(seen, expected.into_iter().collect(), "{family}, local: {is_local}");
+        }
+        // Pods of the node have all backends, whatever the policy.
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..30 {
+            seen.insert(clients::curl(&near.ns, SocketAddr::new(node, port + 1))?.backend);
+        }
+        assert_eq!(seen.len(), 2, "{family}, from a pod");
+    }
+    let node = &bed.node_a().ns;
+    node.command("ip")
+        .args(["address", "add", "198.51.100.77/32", "dev", &bed.node_a().uplinks()[0]])
+        .run()?
+        .success()?;
+    let via = Host::A.underlay_address(Family::V4).to_string();
+    outside.command("ip").args(["route", "add", "198.51.100.77/32", "via", &via]).run()?.success()?;
+    let server: SocketAddr = "198.51.100.77:30081".parse()?;
+    let answer = || Ok(clients::curl(outside, server).ok());
+    wait_until("the new address", Duration::from_secs(10), answer)?;
+    let status = netlb.must(["status"])?;
+    assert!(!status.contains("out of sync"), "{status}");
     Ok(())
 }
 

@@ -31,6 +31,12 @@ bridges = ["cni0", "br*"]
 forwarding = "stack"
 tcx_order = "last"
 attach = "clsact"
+name = "node-1"
+zone = "a"
+node_port_addresses = ["192.0.2.1/24", "2001:db8::/64"]
+pod_cidrs = ["10.244.1.0/24"]
+owned_cidrs = ["10.96.0.0/12", "fd00:10:96::/112"]
+echo = false
 [socket]
 scope = "node"
 cgroup = "/sys/fs/cgroup/system.slice"
@@ -65,6 +71,11 @@ frontend = "[fd00::10]:53/udp"
     );
     assert!(config.node.pod_interfaces[1].matches("pod-7"));
     assert_eq!(config.node.forwarding, Forwarding::Stack);
+    assert_eq!((config.node.name.as_deref(), config.node.zone.as_deref()), (Some("node-1"), Some("a")));
+    let networks = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()];
+    assert_eq!(config.node.node_port_addresses, NodePortAddresses::In(networks));
+    assert_eq!((config.node.pod_cidrs.networks().len(), config.node.owned_cidrs.networks().len()), (1, 2));
+    assert!(!config.node.echo && parse("").node.echo);
     let cgroup = Some("/sys/fs/cgroup/system.slice".into());
     assert_eq!(config.socket, Socket { scope: SocketScope::Node, cgroup });
     assert_eq!(config.limits, Limits { services: 10, backends: 20, flows: 30, ring_slots: 40, sockets: 50 });
@@ -128,6 +139,28 @@ netlb.toml:2:14: unknown variant `quick`, expected `fast` or `stack`
     assert!(error.starts_with("netlb.toml:2:12: `10.96.0.10:0` has port 0"), "{error}");
     let error = refused("[node]\nuplinks = [\"eth 0\"]\n");
     assert!(error.starts_with("netlb.toml:2:12: ` ` in `eth 0` cannot be in an interface name"), "{error}");
+}
+
+#[test]
+fn networks_are_few_and_networks() {
+    let error = refused("[node]\npod_cidrs = [\"10.244.0.0/16\", \"10.244.0.0/33\"]\n");
+    assert!(error.starts_with("netlb.toml:2:31: `10.244.0.0/33` is not a network such as"), "{error}");
+    let nine = ["\"10.0.0.0/8\""; 9].join(", ");
+    let error = refused(&format!("[node]\nowned_cidrs = [{nine}]\n"));
+    assert!(error.starts_with("netlb.toml:2:15: 9 networks are too many; the most is 8"), "{error}");
+    let error = refused("[node]\nnode_port_addresses = \"some\"\n");
+    assert!(error.contains("2:23") && error.contains("expected \"primary\", \"all\" or a list of networks"), "{error}");
+    assert_eq!(parse("[node]\nnode_port_addresses = \"all\"\n").node.node_port_addresses, NodePortAddresses::All);
+}
+
+#[test]
+fn node_ports_are_served_at_the_addresses_that_are_meant() {
+    let ips = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<std::net::IpAddr>>();
+    let (all, primary) = (ips(&["192.0.2.1", "198.51.100.1", "2001:db8::1"]), ips(&["198.51.100.1", "2001:db8::1"]));
+    assert_eq!(NodePortAddresses::Primary.of(&all, &primary), primary);
+    assert_eq!(NodePortAddresses::All.of(&all, &primary), all);
+    let some = NodePortAddresses::In(vec!["192.0.2.0/24".parse().unwrap()]);
+    assert_eq!(some.of(&all, &primary), ips(&["192.0.2.1"]));
 }
 
 #[test]
