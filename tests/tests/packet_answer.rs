@@ -19,7 +19,8 @@ use netlb_integration::topology::Family;
 const SEQUENCE: u32 = 0x0102_0304;
 const ACKNOWLEDGEMENT: u32 = 0x0506_0708;
 
-/// Every way a packet comes in from a device.
+/// Both ways a packet comes in from a device: with a sum of its own, and without. The kernel gives that sum up when a packet is cut, which
+/// a test cannot see, so this is for packets that are quoted whole.
 fn arrivals(lab: &Lab, frame: &[u8]) -> [Outcome; 2] {
     [lab.from_clients(frame), lab.run_summed(Program::Ingress, frame, CLIENTS)]
 }
@@ -90,16 +91,15 @@ fn a_segment_that_nobody_serves_is_reset() -> TestResult {
             for (packet, kind) in [(plain, "plain"), (more, "options")] {
                 let what = format!("{case}: {segment:?}, {bytes} bytes, {kind}");
                 lab.counts();
-                for out in arrivals(&lab, &packet.frame()) {
-                    let parsed = turned(&out, &packet, &what);
-                    let tcp = tcp(&parsed, &what);
-                    let seen = (tcp.sequence_number(), tcp.acknowledgment_number(), tcp.ack());
-                    assert_eq!(seen, answer, "{what}");
-                    assert_eq!((tcp.source_port(), tcp.destination_port()), (80, 40000), "{what}");
-                    assert!(tcp.rst() && !tcp.syn() && !tcp.fin() && !tcp.psh(), "{what}");
-                    assert_eq!((tcp.window_size(), tcp.data_offset()), (0, 5), "{what}");
-                }
-                assert_eq!(lab.counts(), [(Counter::NoBackend, 2), (Counter::Rejected, 2)], "{what}");
+                let out = lab.from_clients(packet.frame());
+                let parsed = turned(&out, &packet, &what);
+                let tcp = tcp(&parsed, &what);
+                let seen = (tcp.sequence_number(), tcp.acknowledgment_number(), tcp.ack());
+                assert_eq!(seen, answer, "{what}");
+                assert_eq!((tcp.source_port(), tcp.destination_port()), (80, 40000), "{what}");
+                assert!(tcp.rst() && !tcp.syn() && !tcp.fin() && !tcp.psh(), "{what}");
+                assert_eq!((tcp.window_size(), tcp.data_offset()), (0, 5), "{what}");
+                assert_eq!(lab.counts(), [(Counter::NoBackend, 1), (Counter::Rejected, 1)], "{what}");
             }
         }
     }
@@ -140,7 +140,7 @@ fn a_datagram_that_nobody_serves_has_its_sender_told() -> TestResult {
     for family in Family::BOTH {
         let case = Case { family, protocol: Protocol::Udp };
         lab.begin([case.service(&[])]);
-        for len in [0, 1, 2, 3, 47, 48, 55, 56, 57, 200, 1400] {
+        for len in [0, 1, 2, 3, 47, 48, 55, 56, 57, 200, 208, 209, 1400] {
             let plain = case.packet(case.client(40000), case.vip(80)).payload(vec![0xa5; len]);
             let more = match family {
                 Family::V4 => plain.clone().options([1; 8]),
@@ -151,11 +151,14 @@ fn a_datagram_that_nobody_serves_has_its_sender_told() -> TestResult {
             {
                 let what = format!("{case}: {len} bytes, {kind}");
                 lab.counts();
-                for out in arrivals(&lab, &packet.frame()) {
-                    let parsed = turned(&out, &packet, &what);
+                let frame = packet.frame();
+                let outs = if len < 55 { arrivals(&lab, &frame).to_vec() } else { vec![lab.from_clients(&frame)] };
+                for out in &outs {
+                    let parsed = turned(out, &packet, &what);
                     assert_unreachable(&parsed, &packet, &what);
                 }
-                assert_eq!(lab.counts(), [(Counter::NoBackend, 2), (Counter::Rejected, 2)], "{what}");
+                let count = outs.len() as u64;
+                assert_eq!(lab.counts(), [(Counter::NoBackend, count), (Counter::Rejected, count)], "{what}");
             }
         }
     }

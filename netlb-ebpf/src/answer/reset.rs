@@ -7,11 +7,12 @@ use netlb_common::{
     wire::{Fields as _, PacketBytes as _, tcp},
 };
 
-use super::{Answer, datagram_len, pseudo, write as write_answer};
+use super::{Answer, Header4, Header6, datagram_len, pseudo, write as write_answer};
 use crate::frame::{Refused, Skb};
 
+/// Packed, because words of 64 bits in a header would have it end with four bytes that are no part of the packet.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, packed(4))]
 struct Reset<H> {
     header: H,
     tcp: Tcp,
@@ -31,7 +32,10 @@ struct Tcp {
     urgent: u16,
 }
 
-const _: () = assert!(size_of::<Tcp>() == tcp::LEN);
+const _: () = {
+    assert!(size_of::<Tcp>() == tcp::LEN);
+    assert!(size_of::<Reset<Header4>>() == 40 && size_of::<Reset<Header6>>() == 60);
+};
 
 /// The longest way to a transport header: the verifier forgets what parsing knew.
 const MOST_HEADERS: usize = 512;
