@@ -107,6 +107,23 @@ fn send_back(frame: &Skb, addresses: HardwareAddresses, written: Result<(), Refu
     unsafe { bpf_redirect(frame.interface(), 0) as i32 }
 }
 
+/// The longest way to a transport header: the verifier forgets what parsing knew.
+const MOST_HEADERS: usize = 512;
+
+/// Leaves `len` bytes behind the Ethernet header, which are to be written.
+///
+/// The sender may have left the checksum to a device, which would sum up from where the transport header stood, and write into the answer.
+/// Bytes that are taken away from the front, up to beyond that place, end this; first they are added at the end. Segments become one packet.
+#[inline(always)]
+fn clear<A>(frame: &Skb, packet: &Parsed<A>, len: usize) -> Result<(), Refused> {
+    if packet.transport > MOST_HEADERS {
+        return Err(Refused);
+    }
+    let cut = packet.transport + 2;
+    frame.truncate((NETWORK + len + cut) as u32)?;
+    frame.make_room(-(cut as i32))
+}
+
 /// Writes an answer behind the Ethernet header. A device's sum of the packet stays right.
 #[inline(always)]
 fn write<T>(frame: &Skb, answer: &T) -> Result<(), Refused> {

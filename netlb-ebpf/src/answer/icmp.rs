@@ -1,6 +1,6 @@
 //! Errors: "port unreachable", "packet too big" (RFC 4443 §3) and "fragmentation needed" (RFC 1191).
 //!
-//! The frame is cut off after what is quoted, and moved to make room for the new headers.
+//! What is quoted is kept aside, and written behind the new headers.
 
 use core::ptr;
 
@@ -10,7 +10,7 @@ use netlb_common::{
     flow::{NETWORK, Parsed},
 };
 
-use super::{Answer, datagram_len, write as write_answer};
+use super::{Answer, clear, datagram_len, write as write_answer};
 use crate::{
     frame::{Refused, Skb},
     maps::{self, QUOTE},
@@ -40,10 +40,6 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>, kind: [u8; 2], r
     frame.load(NETWORK, quote.cast(), quoted, QUOTE)?;
     // SAFETY: the place is as long as the sum.
     let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, quote.cast(), QUOTE as u32, 0) };
-    // Segments become one packet; only then there is room to be made.
-    frame.truncate((NETWORK + quoted) as u32)?;
-    frame.make_room(size_of::<Message<A::Header>>() as i32)?;
-
     let payload = (ICMP + quoted) as u16;
     let halves = [rest as u16, (rest >> 16) as u16];
     let rest = if cfg!(target_endian = "little") { halves } else { [halves[1], halves[0]] };
@@ -53,5 +49,8 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>, kind: [u8; 2], r
         + rest[1] as u64
         + sum as u32 as u64;
     let message = Message { header: A::header(packet, A::ICMP, payload), kind, check: checksum::finish(covered), rest };
-    write_answer(frame, &message)
+    let headers = size_of::<Message<A::Header>>();
+    clear(frame, packet, headers + quoted)?;
+    write_answer(frame, &message)?;
+    frame.store_bytes(NETWORK + headers, quote.cast(), quoted, QUOTE)
 }

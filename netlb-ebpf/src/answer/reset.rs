@@ -7,7 +7,7 @@ use netlb_common::{
     wire::{Fields as _, PacketBytes as _, tcp},
 };
 
-use super::{Answer, Header4, Header6, datagram_len, pseudo, write as write_answer};
+use super::{Answer, Header4, Header6, MOST_HEADERS, clear, datagram_len, pseudo, write as write_answer};
 use crate::frame::{Refused, Skb};
 
 /// Packed, because words of 64 bits in a header would have it end with four bytes that are no part of the packet.
@@ -36,9 +36,6 @@ const _: () = {
     assert!(size_of::<Tcp>() == tcp::LEN);
     assert!(size_of::<Reset<Header4>>() == 40 && size_of::<Reset<Header6>>() == 60);
 };
-
-/// The longest way to a transport header: the verifier forgets what parsing knew.
-const MOST_HEADERS: usize = 512;
 
 #[inline(always)]
 pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Refused> {
@@ -79,10 +76,6 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Re
         + u16::from_ne_bytes([tcp.data_offset, bits]) as u64;
     tcp.check = checksum::finish(sum);
 
-    // The sender may have left the checksum to a device, which would sum up from where the transport header stood. Bytes that are taken
-    // away from the front, up to beyond that place, end this; at first they are added at the end.
-    let cut = at + 2;
-    frame.truncate((NETWORK + size_of::<Reset<A::Header>>() + cut) as u32)?;
-    frame.make_room(-(cut as i32))?;
+    clear(frame, packet, size_of::<Reset<A::Header>>())?;
     write_answer(frame, &Reset { header: A::header(packet, tcp::PROTOCOL, len), tcp })
 }

@@ -115,6 +115,24 @@ impl Skb {
         if result == 0 { Ok(()) } else { Err(Refused) }
     }
 
+    /// Writes bytes from such a place. A device's sum of the packet stays right.
+    #[inline(always)]
+    pub(crate) fn store_bytes(
+        &self,
+        offset: usize,
+        from: *const c_void,
+        len: usize,
+        room: usize,
+    ) -> Result<(), Refused> {
+        if len == 0 || len > room {
+            return Err(Refused);
+        }
+        let flags = BPF_F_RECOMPUTE_CSUM as u64;
+        // SAFETY: there are as many.
+        let result = unsafe { bpf_skb_store_bytes(self.skb().cast(), offset as u32, from, len as u32, flags) };
+        if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
     #[inline(always)]
     pub(crate) fn replace_checksum(&self, offset: usize, from: u64, to: u64, flags: u64) -> Result<(), Refused> {
         self.0.l4_csum_replace(offset, from, to, flags).map_err(|_| Refused)
