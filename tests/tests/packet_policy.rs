@@ -50,7 +50,7 @@ fn two_sets(lab: &mut Lab, case: Case) {
     lab.configure(case, case.vip(80), |config| config.flags |= Config::OUTSIDE | Config::SNAT_NEVER);
     let key = EndpointKey { scope: EndpointKey::OUTSIDE, ..inside.key };
     let config = Config { key, frontend: inside.frontend, flags: Config::SNAT_NEVER, ..outside };
-    lab.harness.set_config(config).unwrap();
+    lab.harness.set_config(config).expect("room for a record");
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn in_a_network_of_the_services_what_is_no_service_is_nobody() -> TestResult {
     for case in CASES {
         lab.begin([case.service(&[3])]);
         let of = |last: u8| {
-            let ip = netlb_integration::topology::vip(case.family, last.into());
+            let ip = netlb_integration::topology::vip(case.family, last);
             SocketAddr::new(ip, 80)
         };
         let (unknown, node) = (of(77), of(78));
