@@ -132,6 +132,8 @@ pub enum Verdict {
     Drop,
     /// Nobody serves it: its sender is told.
     Reject,
+    /// The node has no port for its flow: its sender is told.
+    Exhausted,
     /// An echo request to the address of a service, which is answered.
     Echo,
 }
@@ -404,6 +406,7 @@ pub fn place<A: Family, T: Tables>(
                 return Verdict::Pass;
             }
             Offer::Full => return Verdict::Drop,
+            Offer::NoPort => return Verdict::Exhausted,
             Offer::Conflict => selection = selection.with_conflict(),
         }
     }
@@ -479,6 +482,8 @@ enum Offer {
     NotHere,
     /// There is no room for the flow.
     Full,
+    /// Every port of the node's address is taken.
+    NoPort,
     /// The backend's replies to this client port belong to another frontend's flow.
     Conflict,
 }
@@ -501,8 +506,7 @@ fn offer<A: Family, T: Tables>(
         return Offer::NotHere;
     }
     if snat == Snat::NO_PORT {
-        tables.count(Counter::SnatExhausted);
-        return Offer::Full;
+        return Offer::NoPort;
     }
     if snat != Snat::NONE {
         let Some(source) = tables.source(snat.source()) else { return Offer::NotHere };

@@ -46,7 +46,7 @@ counters! {
     Fragment "fragment" "fragments passed untouched because their datagram's first one, which has the ports, was not seen",
     Malformed "malformed" "packets passed untouched because a header is cut off or impossible",
     RewriteFailed "rewrite_failed" "packets dropped because the kernel refused a change",
-    SnatExhausted "snat_exhausted" "new connections dropped because every port tried of the node's address is taken at their backend",
+    SnatExhausted "snat_exhausted" "new connections refused because every port tried of the node's address is taken at their backend",
     SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",

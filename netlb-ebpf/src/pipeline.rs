@@ -107,6 +107,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
                     Verdict::Translate
                 }
                 Verdict::Reject => reject::<F>(Counter::NoBackend),
+                Verdict::Exhausted => reject::<F>(Counter::SnatExhausted),
                 verdict => verdict,
             },
         },

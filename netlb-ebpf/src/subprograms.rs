@@ -506,11 +506,13 @@ const fn verdict(number: u32) -> Verdict {
     const PASS: u32 = Verdict::Pass as u32;
     const TRANSLATE: u32 = Verdict::Translate as u32;
     const REJECT: u32 = Verdict::Reject as u32;
+    const EXHAUSTED: u32 = Verdict::Exhausted as u32;
     const ECHO: u32 = Verdict::Echo as u32;
     match number {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
         REJECT => Verdict::Reject,
+        EXHAUSTED => Verdict::Exhausted,
         ECHO => Verdict::Echo,
         _ => Verdict::Drop,
     }

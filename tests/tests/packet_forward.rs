@@ -228,7 +228,7 @@ fn within_a_bridge_hops_stay() -> TestResult {
 
 #[test]
 fn the_verifier_has_an_easy_time() -> TestResult {
-    const BUDGET: u32 = 250_000;
+    const BUDGET: u32 = 500_000;
     let lab = Lab::fast()?;
     for program in [Program::Ingress, Program::Egress, Program::Xdp] {
         let count = lab.harness.info(program)?.verified_instruction_count().unwrap_or_default();

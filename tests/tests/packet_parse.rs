@@ -4,7 +4,7 @@ use netlb::datapath::kernel::testing::Program;
 use netlb::model::Protocol;
 use netlb_common::counters::Counter;
 use netlb_integration::frames::{ACK, ETHERNET, Packet, patch};
-use netlb_integration::lab::{BACKENDS_MAC, CASES, CLIENTS, Case, Lab, Outcome, PASS, REDIRECT, mac};
+use netlb_integration::lab::{BACKENDS_MAC, CASES, CLIENTS, Case, Lab, Outcome, PASS, REDIRECT, XDP_PASS, mac};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::Family;
 use nix::errno::Errno;
@@ -277,11 +277,13 @@ fn padding_behind_a_packet_stays() -> TestResult {
     Ok(())
 }
 
-/// Both programs leave a frame alone. What is counted then is what the one at ingress counted.
+/// All programs leave a frame alone. What is counted then is what the one at ingress counted.
 #[track_caller]
 fn untouched(lab: &Lab, frame: &[u8], what: &str) {
     let expected = Outcome { verdict: PASS, frame: frame.to_vec() };
     assert_eq!(lab.to_clients(frame), expected, "{what}, at egress");
+    let passed = Outcome { verdict: XDP_PASS, frame: frame.to_vec() };
+    assert_eq!(lab.xdp_from_clients(frame), passed, "{what}, at XDP");
     lab.counts();
     assert_eq!(lab.from_clients(frame), expected, "{what}, at ingress");
 }

@@ -195,7 +195,8 @@ fn with_nearly_every_port_taken_new_connections_find_one() -> TestResult {
         let [_, _, a, b] = n.to_be_bytes();
         let client = SocketAddr::new([198, 51, a, b].into(), 40_000);
         let out = lab.from_clients(case.packet(client, case.vip(80)).frame());
-        if out.verdict == DROP && lab.count_flows() <= u64::from(full) {
+        // A refusal is a frame back to the client.
+        if destination(&out.frame) == client && lab.count_flows() <= u64::from(full) {
             refused += 1;
         }
         if n % 64 == 0 && lab.count_flows() == u64::from(ports) {
@@ -206,6 +207,16 @@ fn with_nearly_every_port_taken_new_connections_find_one() -> TestResult {
     let flows = lab.count_flows();
     assert!(flows * 1000 >= u64::from(ports) * 995, "{flows} of {ports} ports are in use in the end");
     assert!(lab.count(Counter::SnatExhausted) > 0);
+
+    // With none left a client is told so, and with one given up the next client gets it.
+    let ask = |client| lab.from_clients(case.packet(client, case.vip(80)).frame());
+    let late = (0..1000).map(|port| SocketAddr::new([198, 52, 0, 1].into(), 10_000 + port)).find(|client| {
+        let out = ask(*client);
+        out.verdict == REDIRECT && destination(&out.frame) == *client
+    });
+    let late = late.expect("somebody finds no port");
+    lab.age(70);
+    assert_eq!(destination(&ask(late).frame), case.backend(3), "ports of connections that never were are free again");
     Ok(())
 }
 
