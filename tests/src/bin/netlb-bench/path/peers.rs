@@ -58,6 +58,7 @@ pub(crate) const PEERS: &[Peer] = &[
     .tcp_only(),
     Peer::new(NETLB_FAST, Reach::Service, |site, services| netlb(Forwarding::Fast, site, services)).quick(),
     Peer::new("netlb stack", Reach::Service, |site, services| netlb(Forwarding::Stack, site, services)),
+    Peer::new("netlb socket", Reach::Service, netlb_socket),
 ];
 
 impl Peer {
@@ -98,17 +99,30 @@ pub(crate) enum Balancer {
         _process: Process,
     },
     Netlb(Box<Netlb>),
+    /// At the client's socket: packets are between client and backend.
+    NetlbSocket(Box<Netlb>),
 }
 
 impl Balancer {
     /// Checks that it was this balancer that carried `operations`, each of which is a packet at least.
     pub(crate) fn check(&self, operations: u64) -> Result<()> {
-        let Self::Netlb(netlb) = self else { return Ok(()) };
-        let services = netlb.items(["svc", "list"])?;
-        let measured =
-            services.iter().filter(|one| one["name"].as_str().is_some_and(|name| name.starts_with("measured")));
-        let packets: u64 = measured.filter_map(|service| service["packetsIn"].as_u64()).sum();
-        ensure!(packets >= operations, "netlb counts {packets} packets to the service after {operations} operations");
+        let counted = |netlb: &Netlb, what: &str| {
+            let services = netlb.items(["svc", "list"])?;
+            let measured =
+                services.iter().filter(|one| one["name"].as_str().is_some_and(|name| name.starts_with("measured")));
+            anyhow::Ok(measured.filter_map(|service| service[what].as_u64()).sum::<u64>())
+        };
+        match self {
+            Self::None | Self::Proxy { .. } => {}
+            Self::Netlb(netlb) => {
+                let packets = counted(netlb, "packetsIn")?;
+                ensure!(packets >= operations, "netlb counts {packets} packets after {operations} operations");
+            }
+            Self::NetlbSocket(netlb) => {
+                let (sockets, packets) = (counted(netlb, "flows")?, counted(netlb, "packetsIn")?);
+                ensure!(sockets > 0 && packets == 0, "netlb counts {sockets} sockets and {packets} packets");
+            }
+        }
         Ok(())
     }
 }
@@ -126,6 +140,13 @@ fn netlb(forwarding: Forwarding, site: &Site, services: &[Service]) -> Result<Ba
     let node = site.bed.node_a();
     let netlb = Netlb::start(node, &netlb_config(Config::new(node, forwarding), services))?;
     Ok(Balancer::Netlb(Box::new(netlb)))
+}
+
+fn netlb_socket(site: &Site, services: &[Service]) -> Result<Balancer> {
+    let node = site.bed.node_a();
+    let socket = format!("\n[socket]\nscope = \"all\"\ncgroup = {:?}\n", site.cgroup.path());
+    let netlb = Netlb::start(node, &netlb_config(Config::new(node, Forwarding::Fast).extra(&socket), services))?;
+    Ok(Balancer::NetlbSocket(Box::new(netlb)))
 }
 
 fn kube_iptables(variant: Variant, site: &Site, services: &[Service]) -> Result<Balancer> {
