@@ -51,6 +51,8 @@ pub trait Tables: Operations {
     fn address(&self, addr: Addr) -> u32;
     /// Whether an address is of the networks that are services' or nobody's.
     fn is_owned(&self, addr: Addr) -> bool;
+    /// Whether what goes from one address to another gets an address of the node as its source where it leaves.
+    fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool;
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
     fn random(&self) -> u32;
@@ -65,17 +67,24 @@ pub struct Candidate {
     pub to_frontend: bool,
     /// Perhaps from a backend.
     from_backend: bool,
+    /// Leaves with an address of the node as its source, if it is of no service.
+    pub is_masqueraded: bool,
 }
 
 /// Whether a packet may be of a service, or is to one of the networks where whatever is no service is nobody. Most that are not end here.
 #[inline(always)]
-pub fn candidate<A: Family>(tables: &impl Tables, source: A, destination: A) -> Option<Candidate> {
+pub fn candidate<A: Family>(tables: &impl Tables, scope: Scope, source: A, destination: A) -> Option<Candidate> {
     let bits = tables.filter_bits_log2();
     let candidate = Candidate {
         to_frontend: tables.filter_has(filter::bit(destination, Kind::Frontend, bits)),
         from_backend: tables.filter_has(filter::bit(source, Kind::Backend, bits)),
+        is_masqueraded: scope == Scope::Replies && tables.is_masqueraded(source.to_map(), destination.to_map()),
     };
-    (candidate.to_frontend || candidate.from_backend || tables.is_owned(destination.to_map())).then_some(candidate)
+    (candidate.to_frontend
+        || candidate.from_backend
+        || candidate.is_masqueraded
+        || tables.is_owned(destination.to_map()))
+    .then_some(candidate)
 }
 
 /// What becomes of a packet that no service has, where its destination is of the networks that are services' or nobody's.
@@ -119,6 +128,18 @@ impl Scope {
             Direction::Forward => !matches!(self, Self::Replies),
             Direction::Reply => !matches!(self, Self::Forward),
         }
+    }
+
+    /// Whether packets of a slot are translated here.
+    #[inline(always)]
+    pub(crate) const fn translates(self, data: Data) -> bool {
+        // The kernel would take a reply to an address of this node for its own: it is translated where it comes in.
+        let comes_to_node = data.has_snat() && matches!(self, Self::Forward);
+        if data.is_masqueraded() {
+            // What the node sends, and what comes to it.
+            return matches!(data.direction(), Direction::Forward) == matches!(self, Self::Replies);
+        }
+        self.has(data.direction()) || comes_to_node
     }
 }
 
@@ -185,6 +206,16 @@ impl<A: Family> Translation<A> {
     pub(crate) fn to_frontend(frontend: &Frontend) -> Self {
         let (address, port) = (A::from_map(frontend.addr), frontend.port);
         Self { direction: Direction::Reply, address, port, service: frontend.service, ..Self::none() }
+    }
+
+    /// The world's end of a masqueraded flow is what it is. The other one is yet to be read.
+    #[inline(always)]
+    pub fn masqueraded(direction: Direction, tuple: &Tuple<A>) -> Self {
+        let (address, port) = match direction {
+            Direction::Forward => (tuple.destination, tuple.destination_port),
+            Direction::Reply => (tuple.source, tuple.source_port),
+        };
+        Self { direction, address, port, ..Self::none() }
     }
 
     /// Has the other end change as well.
@@ -265,9 +296,7 @@ pub fn known<A: Family, T: Tables>(
     let Lookup { fingerprint, now, scope, .. } = *lookup;
     let Some(found) = tables.find(fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
-    // The kernel would take a reply to an address of this node for its own: it is translated where it comes in.
-    let comes_to_node = found.data.has_snat() && scope == Scope::Forward;
-    if !scope.has(direction) && !comes_to_node {
+    if !scope.translates(found.data) {
         return Known::Elsewhere;
     }
     // Ways are found out again in every unit of time: they change.
@@ -278,6 +307,13 @@ pub fn known<A: Family, T: Tables>(
     }
     let id = found.data.id();
     match direction {
+        _ if found.data.is_masqueraded() => {
+            if (packet.segment.is_syn() || packet.segment.is_syn_ack()) && found.data.state().is_finished() {
+                leave(tables, fingerprint, found, now);
+                return Known::No;
+            }
+            *translation = Translation::masqueraded(direction, &packet.tuple);
+        }
         Direction::Forward => {
             let Some(backend) = tables.backend(id) else { return Known::No };
             if !stays(backend, packet, found.data, now) {
@@ -452,26 +488,32 @@ pub fn reserve(attempt: impl Fn(u32) -> Snat) -> Snat {
     Snat::NO_PORT
 }
 
-/// One attempt at a source: a port of an address of the node that nobody has at the backend, or that the flow has already. The reply's slot
-/// is the claim on it, and whoever makes it looks again.
+/// One attempt at a source: a port of an address of the node that nobody has at the other end, or that the flow has already. The reply's
+/// slot is the claim on it, and whoever makes it looks again.
+///
+/// `backend` is 0 for a flow that is masqueraded.
 #[inline(always)]
 pub fn attempt<A: Family, T: Tables>(
     tables: T,
     packet: &Parsed<A>,
     lookup: &Lookup,
-    backend: &Backend,
+    backend: u32,
     (index, n): (u32, u32),
     is_taken: impl Fn(&Tuple<A>) -> bool,
 ) -> Snat {
     let tuple = &packet.tuple;
+    let mut translation = Translation::<A>::masqueraded(Direction::Forward, tuple);
+    if backend != 0 {
+        let Some(backend) = tables.backend(backend) else { return Snat::NONE };
+        (translation.address, translation.port) = (A::from_map(backend.addr), backend.port);
+    }
     let hash = snat::hash(tuple.source, tuple.source_port);
     let Some(port) = tables.snat_ports().candidate(tuple.source_port, hash, n) else { return Snat::NONE };
     let Some(source) = tables.source(index) else { return Snat::NONE };
-    let mut translation = Translation::<A>::to_backend(backend, true);
     translation.set_other(A::from_map(source), port);
     let reply = translation.twin(tuple);
     let claimant = tables.claimant(tables.hash_key().fingerprint(&reply), lookup.now);
-    let is_mine = claimant == snat::claim(tuple.source.to_map(), tuple.source_port);
+    let is_mine = claimant == snat::claim(tuple.source.to_map(), tuple.source_port, backend);
     if is_mine || (claimant == 0 && !is_taken(&reply)) { Snat::new(index, port) } else { Snat::NONE }
 }
 
@@ -513,7 +555,24 @@ fn offer<A: Family, T: Tables>(
         translation.set_other(A::from_map(source), snat.port());
     }
 
+    insert(tables, packet, Some(config), id, lookup, snat, translation)
+}
+
+/// Gives both directions of a new flow their slots. `translation` is what becomes of its packets if no other CPU is faster. What is
+/// masqueraded has no `config`.
+#[inline(always)]
+fn insert<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    config: Option<&Config>,
+    id: u32,
+    lookup: &Lookup,
+    snat: Snat,
+    translation: &mut Translation<A>,
+) -> Offer {
     let now = lookup.now;
+    // Read anew for each use, as below.
+    let frontend = || config.map_or(0, |config| config.frontend);
     let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
     // Built anew for each use: the stack of a BPF program has no room to keep it.
     let flow = |twin| Flow {
@@ -522,11 +581,11 @@ fn offer<A: Family, T: Tables>(
         client_port: packet.tuple.source_port,
         protocol: packet.tuple.protocol,
         snat,
-        frontend: config.frontend,
+        frontend: frontend(),
         backend: id,
     };
     let mut state = State::first(packet.segment);
-    let reply = Data::new(Direction::Reply, state, config.frontend).with_snat(translation.has_snat);
+    let reply = Data::new(Direction::Reply, state, frontend()).with_snat(translation.has_snat);
     // The reply's slot first: it is also the claim on the client's port at this backend.
     let new = || New { fingerprint: twin, data: reply, flow: flow(lookup.fingerprint), now };
     let mut inserted = tables.insert(new());
@@ -543,12 +602,12 @@ fn offer<A: Family, T: Tables>(
         tables.count(Counter::FlowsEvicted);
     } else if inserted.is_existing() {
         let data = inserted.data();
-        if data.direction() != Direction::Reply || data.id() != config.frontend {
+        if data.direction() != Direction::Reply || data.id() != frontend() {
             return Offer::Conflict;
         }
         // Two clients that were given one port at the same moment.
         if translation.has_snat
-            && tables.claimant(twin, now) != snat::claim(packet.tuple.source.to_map(), packet.tuple.source_port)
+            && tables.claimant(twin, now) != snat::claim(packet.tuple.source.to_map(), packet.tuple.source_port, id)
         {
             return Offer::Conflict;
         }
@@ -576,7 +635,7 @@ fn offer<A: Family, T: Tables>(
             if is_mine {
                 tables.remove(twin, now);
             }
-            let Some(backend) = tables.backend(theirs) else { return Offer::Full };
+            let Some(backend) = tables.backend(theirs).filter(|_| theirs != 0) else { return Offer::Full };
             *translation = Translation::to_backend(backend, false);
             if inserted.data().has_snat() {
                 let snat = tables.snat(lookup.fingerprint, now);
@@ -585,12 +644,65 @@ fn offer<A: Family, T: Tables>(
             }
         }
     } else if is_mine {
-        tables.count(Counter::FlowsCreated);
-        tables.count_flow(config.service, id);
+        match config {
+            Some(config) => {
+                tables.count(Counter::FlowsCreated);
+                tables.count_flow(config.service, id);
+            }
+            None => tables.count(Counter::FlowsMasqueraded),
+        }
     } else {
         tables.count(Counter::FlowsRepaired);
     }
     Offer::Taken
+}
+
+/// A packet of no flow that the node sends, which is [`masqueraded`](Candidate): makes its flow.
+///
+/// Of TCP only what begins a connection: the rest may answer one that came from outside. Datagrams do not tell.
+///
+/// `translation` is filled in for [`Verdict::Translate`].
+#[inline(always)]
+pub fn masquerade<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    reach: &impl Reach<A>,
+    translation: &mut Translation<A>,
+) -> Verdict {
+    if !packet.segment.is_syn() && !packet.segment.is_datagram() {
+        return Verdict::Pass;
+    }
+    // A service's packet to a backend outside that was translated where it came in, and was to keep its source.
+    let reply = tables.hash_key().fingerprint(&packet.tuple.reversed());
+    let known = tables.probe(reply, lookup.now);
+    if known != Data::NONE && known.direction() == Direction::Reply {
+        return Verdict::Pass;
+    }
+    let snat = reach.source(packet, lookup, 0, 0);
+    if snat == Snat::NONE {
+        return Verdict::Pass;
+    }
+    if snat == Snat::NO_ADDRESS {
+        tables.count(Counter::NeedsSnat);
+        return Verdict::Pass;
+    }
+    if snat == Snat::NO_PORT {
+        tables.count(Counter::SnatExhausted);
+        return Verdict::Drop;
+    }
+    let Some(source) = tables.source(snat.source()) else { return Verdict::Drop };
+    *translation = Translation::masqueraded(Direction::Forward, &packet.tuple);
+    translation.is_new = true;
+    translation.set_other(A::from_map(source), snat.port());
+    match insert(tables, packet, None, 0, lookup, snat, translation) {
+        Offer::Taken => Verdict::Translate,
+        Offer::Conflict => {
+            tables.count(Counter::FlowConflict);
+            Verdict::Drop
+        }
+        _ => Verdict::Drop,
+    }
 }
 
 /// A packet that may be a backend's reply whose slot was lost: looks for the other direction at every frontend the backend serves.

@@ -62,6 +62,7 @@ counters! {
     AnswersLimited "answers_limited" "packets dropped instead of answered because there were too many to answer",
     EchoAnswered "echo_answered" "echo requests to services answered",
     AffinityFull "affinity_full" "new connections whose client does not keep its backend because too many clients do",
+    FlowsMasqueraded "flows_masqueraded" "flows of pods to the world that were given an address of the node as their source",
 }
 
 impl Counter {

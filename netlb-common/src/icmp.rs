@@ -43,7 +43,8 @@ pub struct Header<A> {
 impl<A: Address> Header<A> {
     /// The same with other addresses and hops left.
     #[inline(always)]
-    fn with(&self, source: A, destination: A, ttl: u8) -> Self {
+    #[must_use]
+    pub fn with(&self, source: A, destination: A, ttl: u8) -> Self {
         let mut new = Self { source, destination, ttl, ..*self };
         if !A::IS_V6 {
             let hops =
@@ -55,7 +56,8 @@ impl<A: Address> Header<A> {
 
     /// The change of the sum of both addresses.
     #[inline(always)]
-    fn change_to(&self, new: &Self) -> Delta {
+    #[must_use]
+    pub fn change_to(&self, new: &Self) -> Delta {
         Delta::address(self.source, new.source).plus(Delta::address(self.destination, new.destination))
     }
 }
@@ -272,10 +274,12 @@ impl<A: Family> Error<A> {
 
 /// Whether an error may be about a packet that was translated. Most that are not end here.
 #[inline(always)]
-pub fn is_candidate<A: Family>(tables: &impl Tables, error: &Error<A>) -> bool {
+pub fn is_candidate<A: Family>(tables: &impl Tables, error: &Error<A>, scope: Scope) -> bool {
     let bits = tables.filter_bits_log2();
+    let (source, destination) = (error.quoted.source, error.quoted.destination);
     tables.filter_has(filter::bit(error.quoted.destination, Kind::Backend, bits))
         || tables.filter_has(filter::bit(error.quoted.source, Kind::Frontend, bits))
+        || (scope == Scope::Replies && tables.is_masqueraded(destination.to_map(), source.to_map()))
 }
 
 /// What an error about a translated packet shall say. None if it is about no such packet, or if another hook translates it.
@@ -293,12 +297,11 @@ pub fn translate<A: Family, T: Tables>(tables: T, error: &Error<A>, scope: Scope
     let found = tables.find(fingerprint, now)?;
     let direction = found.data.direction();
     let has_snat = found.data.has_snat();
-    // As with packets: what comes to an address of the node is translated where it comes in.
-    let comes_to_node = has_snat && scope == Scope::Forward;
-    if !scope.has(direction) && !comes_to_node {
+    if !scope.translates(found.data) {
         return None;
     }
     let mut translation = match direction {
+        _ if found.data.is_masqueraded() => Translation::masqueraded(direction, &other),
         Direction::Forward => Translation::to_backend(tables.backend(found.data.id())?, false),
         Direction::Reply => Translation::to_frontend(tables.frontend(found.data.id())?),
     };

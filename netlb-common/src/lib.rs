@@ -25,6 +25,7 @@ pub mod icmp;
 pub mod limit;
 pub mod maps;
 pub mod network;
+pub mod ping;
 pub mod select;
 pub mod snat;
 pub mod socket;

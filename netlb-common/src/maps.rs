@@ -376,6 +376,10 @@ pub struct Settings {
     pub owned: Networks,
     /// Addresses of the node's pods, whatever interface their packets come in on.
     pub pods: Networks,
+    /// Addresses that leave with one of the node in their place, but among themselves.
+    pub masquerade: Networks,
+    /// Destinations where that is not so.
+    pub masquerade_except: Networks,
 }
 
 /// Constants of the socket hooks, set when they are loaded.
@@ -422,7 +426,7 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 120 + 2 * size_of::<Networks>());
+    assert!(size_of::<Settings>() == 120 + 4 * size_of::<Networks>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
 };

@@ -385,6 +385,10 @@ mod tests {
             unreachable!()
         }
 
+        fn is_masqueraded(&self, _: Addr, _: Addr) -> bool {
+            unreachable!()
+        }
+
         fn source(&self, _: u32) -> Option<Addr> {
             unreachable!()
         }

@@ -111,6 +111,13 @@ impl Data {
         self.0 & Self::SNAT != 0
     }
 
+    /// Whether the flow is no service's: its source is an address of the node, and that is all.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_masqueraded(self) -> bool {
+        self.has_snat() && self.id() == 0
+    }
+
     #[inline(always)]
     #[must_use]
     pub const fn with_snat(self, has_snat: bool) -> Self {
@@ -719,7 +726,7 @@ pub fn claimant<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -
     let Some(found) = storage.find(fingerprint, now) else { return 0 };
     let flow = storage.record(found.place).and_then(|record| record.read(fingerprint));
     // One whose record is being written is somebody's.
-    flow.map_or(u64::MAX, |flow| snat::claim(flow.client, flow.client_port))
+    flow.map_or(u64::MAX, |flow| snat::claim(flow.client, flow.client_port, flow.backend))
 }
 
 /// The source that a direction of a flow has at its backend.

@@ -4,8 +4,9 @@ use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
-        BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as FibLookup, bpf_sock_tuple as SocketTuple,
-        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+        BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as FibLookup,
+        bpf_sock_tuple as SocketTuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
     },
     helpers::{
         bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_sk_lookup_udp, bpf_sk_release,
@@ -20,7 +21,7 @@ use netlb_common::{
     hop::Way,
     maps::Interface,
     table::Operations as _,
-    wire::tcp,
+    wire::{tcp, udp},
 };
 
 use crate::{
@@ -217,12 +218,20 @@ pub(crate) enum NoSource {
     Unknown,
 }
 
-/// The address that the node would use itself for what goes to a destination.
+/// The address that the node would use itself for what goes to a destination, by the frame's interface if that is where it is sent.
 #[inline(always)]
-pub(crate) fn preferred_source<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> Result<A, NoSource> {
+pub(crate) fn preferred_source<A: Routable>(
+    frame: &impl Frame,
+    tuple: &Tuple<A>,
+    is_sent: bool,
+) -> Result<A, NoSource> {
     let (input, bridge) = (frame.interface(), bridge_of(frame.interface()));
-    let mut lookup = question(tuple, if bridge == 0 { input } else { bridge });
-    let (len, flags) = (size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH);
+    let mut lookup = question(tuple, if bridge == 0 || is_sent { input } else { bridge });
+    let len = size_of::<FibLookup>() as i32;
+    let mut flags = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
+    if is_sent {
+        flags |= BPF_FIB_LOOKUP_OUTPUT;
+    }
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, len, flags) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
@@ -237,6 +246,10 @@ pub(crate) fn preferred_source<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>
 /// Whether a socket of the node would take a packet with this tuple for one of its connection.
 #[inline(always)]
 pub(crate) fn has_socket<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> bool {
+    // Who asks for echoes cannot be looked up.
+    if tuple.protocol != tcp::PROTOCOL && tuple.protocol != udp::PROTOCOL {
+        return false;
+    }
     // SAFETY: plain integers.
     let mut wanted: SocketTuple = unsafe { core::mem::zeroed() };
     let len = A::fill_socket(&mut wanted, tuple);

@@ -20,7 +20,9 @@ use crate::{
     forward::{self, Outcome, Route},
     frame::{Frame as _, Refused, Skb},
     maps::{self, Errand, Kernel},
+    ping,
     pipeline::Packet,
+    subprograms::Join,
 };
 
 /// A family whose errors can be rewritten.
@@ -31,13 +33,21 @@ pub(crate) trait Errors: Messages {
 
 /// Lets a packet pass that is none of ours, unless it is an error about one that is.
 #[inline(always)]
-pub(crate) fn pass<A: Packet>(frame: &Skb, scope: Scope) -> i32 {
+pub(crate) fn pass<A: Packet>(frame: &Skb, scope: Scope) -> i32
+where
+    Skb: Join<A>,
+{
     let Ok(header) = frame.window(NETWORK, A::HEADER_LEN) else { return NEXT };
     if header.byte(A::PROTOCOL_AT) != A::ICMP {
         return NEXT;
     }
+    if maps::has_masquerade()
+        && let Some(result) = ping::pass::<A>(frame, scope)
+    {
+        return result;
+    }
     match maps::errand::<A>() {
-        Some(errand) if A::read_error(frame, errand) && A::understand_error(errand, scope) => {
+        Some(errand) if A::read_error(frame, errand, scope) && A::understand_error(errand, scope) => {
             A::send_error(frame, errand, scope)
         }
         _ => NEXT,
@@ -46,12 +56,12 @@ pub(crate) fn pass<A: Packet>(frame: &Skb, scope: Scope) -> i32 {
 
 /// Reads an error. Says whether it may be about a translated packet.
 #[inline(always)]
-pub(crate) fn read<A: Packet>(frame: &Skb, errand: &mut Errand<A>) -> bool {
+pub(crate) fn read<A: Packet>(frame: &Skb, errand: &mut Errand<A>, scope: Scope) -> bool {
     let Ok(error) = icmp::read::<A>(frame) else { return false };
     errand.error = error;
     // SAFETY: the same reference.
     let errand = unsafe { &*maps::forget(errand) };
-    icmp::is_candidate(&Kernel, &errand.error)
+    icmp::is_candidate(&Kernel, &errand.error, scope)
 }
 
 /// Finds out what an error is to say. Says whether this hook translates it.

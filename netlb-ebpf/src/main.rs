@@ -12,6 +12,7 @@ mod fragment;
 mod frame;
 mod icmp;
 mod maps;
+mod ping;
 mod pipeline;
 mod rewrite;
 mod socket;

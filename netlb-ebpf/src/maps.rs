@@ -234,6 +234,8 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     echo: 0,
     owned: Networks::NONE,
     pods: Networks::NONE,
+    masquerade: Networks::NONE,
+    masquerade_except: Networks::NONE,
 });
 
 /// The same for the socket hooks.
@@ -299,6 +301,21 @@ pub(crate) fn has_pods() -> bool {
 #[inline(always)]
 pub(crate) fn pods_have(addr: Addr) -> bool {
     has(addr_of!(SETTINGS.0.pods), addr)
+}
+
+#[inline(always)]
+pub(crate) fn has_masquerade() -> bool {
+    setting!(masquerade.len) != 0
+}
+
+#[inline(always)]
+pub(crate) fn masquerade_has(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.masquerade), addr)
+}
+
+#[inline(always)]
+pub(crate) fn masquerade_spares(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.masquerade_except), addr)
 }
 
 /// Whether an address is of one of some networks among the settings.
@@ -583,6 +600,11 @@ impl Tables for Kernel {
     #[inline(always)]
     fn is_owned(&self, addr: Addr) -> bool {
         has_owned() && crate::subprograms::is_owned(addr)
+    }
+
+    #[inline(always)]
+    fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool {
+        has_masquerade() && crate::subprograms::is_masqueraded(source, destination)
     }
 
     #[inline(always)]

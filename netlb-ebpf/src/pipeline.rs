@@ -2,7 +2,7 @@
 
 use netlb_common::{
     addr::{Addr, Ipv4Be, Ipv6Be},
-    balance::{self, Known, Lookup, Scope, Selection, Tables as _, Translation, Unclaimed, Verdict},
+    balance::{self, Known, Lookup, Reach, Scope, Selection, Tables as _, Translation, Unclaimed, Verdict},
     conntrack::Direction,
     counters::Counter,
     flow::{Parsed, Tuple},
@@ -15,7 +15,7 @@ use netlb_common::{
 use crate::{
     answer::Answer,
     forward::{self, NoSource, Outcome, Routable},
-    frame::Frame,
+    frame::{Frame, Skb},
     icmp::Errors,
     maps::{self, Kernel, Work},
     rewrite::{Rewrite, RewriteInPlace},
@@ -52,7 +52,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             return (PASS, None);
         }
     };
-    let Some(candidate) = balance::candidate(&Kernel, source, destination) else { return (PASS, None) };
+    let Some(candidate) = balance::candidate(&Kernel, scope, source, destination) else { return (PASS, None) };
     let Some(place) = maps::work::<A>() else { return (PASS, None) };
     let packet = match A::parse(frame) {
         Ok(packet) => packet,
@@ -89,7 +89,10 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             A::tend(work);
             Verdict::Translate
         }
-        Known::No if scope == Scope::Replies => A::lost_reply(work),
+        Known::No if scope == Scope::Replies => match A::lost_reply(work) {
+            Verdict::Pass if maps::has_masquerade() && work.lookup.candidate.is_masqueraded => frame.masquerade(work),
+            verdict => verdict,
+        },
         Known::Elsewhere => Verdict::Pass,
         Known::No => match A::select(work, frame.interface()) {
             Selection::NONE => match A::lost_reply(work) {
@@ -170,6 +173,20 @@ pub(crate) fn place<A: Packet, F: Hook<A>>(frame: &F, work: &mut Work<A>, select
     balance::place(Kernel, packet, lookup, selection, frame, translation)
 }
 
+/// Makes the flow of a packet of no service that leaves with an address of the node as its source.
+#[inline(always)]
+pub(crate) fn masquerade<A: Packet>(frame: &Skb, work: &mut Work<A>) -> Verdict
+where
+    Skb: Reach<A>,
+{
+    // There it would be what the network knows it by.
+    if maps::interface(frame.interface()).is_none_or(|interface| interface.role != role::UPLINK) {
+        return Verdict::Pass;
+    }
+    let Work { packet, translation, lookup } = work;
+    balance::masquerade(Kernel, packet, lookup, frame, translation)
+}
+
 /// Counts a translated packet.
 #[inline(always)]
 pub(crate) fn account<A: Packet>(frame: &impl Frame, translation: &Translation<A>) {
@@ -183,8 +200,9 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
     let interface = frame.interface();
     let is_outside = subprograms::is_from_outside(interface, packet.tuple.source);
     balance::needs_snat(packet, backend, flags, is_outside, |backend| {
-        // Replies come back through this node but for a packet from outside whose backend is outside as well.
-        if !is_outside {
+        // Replies come back through this node but for a packet from outside whose backend is outside as well, or one that the world is not to
+        // see the source of.
+        if !is_outside && !Kernel.is_masqueraded(packet.tuple.source.to_map(), backend.to_map()) {
             return true;
         }
         let tuple = Tuple { destination: backend, ..packet.tuple };
@@ -198,16 +216,19 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
 /// pass egress anyhow.
 pub(crate) const IS_NODE: u32 = u32::MAX;
 
-/// The index of the address of the node that a flow to a backend gets as its source; 0 if there is none.
+/// The index of the address of the node that a flow to a backend, or to the world, gets as its source; 0 if there is none.
 #[inline(always)]
 pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32) -> u32 {
-    let Some(backend) = Kernel.backend(backend) else { return 0 };
     let mut tuple = packet.tuple;
-    (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
-    match forward::preferred_source(frame, &tuple) {
+    let is_sent = backend == 0;
+    if !is_sent {
+        let Some(backend) = Kernel.backend(backend) else { return 0 };
+        (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
+    }
+    match forward::preferred_source(frame, &tuple, is_sent) {
         Ok(source) if source.is_routable() => maps::keep_source(source.to_map()),
         Err(NoSource::Local) => IS_NODE,
-        _ if Kernel.address(backend.addr) & address::NODE != 0 => IS_NODE,
+        _ if Kernel.address(tuple.destination.to_map()) & address::NODE != 0 => IS_NODE,
         _ => 0,
     }
 }
@@ -221,7 +242,6 @@ pub(crate) fn attempt<A: Packet>(
     backend: u32,
     number: u32,
 ) -> Snat {
-    let Some(backend) = Kernel.backend(backend) else { return Snat::NONE };
     let number = (number >> 16, number & 0xffff);
     balance::attempt(Kernel, packet, lookup, backend, number, |reply| forward::has_socket(frame, reply))
 }

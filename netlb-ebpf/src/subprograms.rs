@@ -7,7 +7,7 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Addr, Address, Ipv4Be, Ipv6Be},
-    balance::{self, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
+    balance::{self, Known, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
     fragment::Region,
@@ -21,7 +21,7 @@ use crate::{
     frame::{Frame, Skb, Xdp},
     icmp,
     maps::{self, Errand, Kernel, Work},
-    pipeline, tc, xdp,
+    ping, pipeline, tc, xdp,
 };
 
 macro_rules! subprogram {
@@ -69,6 +69,14 @@ subprogram! {
 
     fn owned_have(a: u64, b: u64) -> u32 {
         maps::owned_have(Addr([a, b])) as u32
+    }
+
+    fn masquerade_has(a: u64, b: u64) -> u32 {
+        maps::masquerade_has(Addr([a, b])) as u32
+    }
+
+    fn masquerade_spares(a: u64, b: u64) -> u32 {
+        maps::masquerade_spares(Addr([a, b])) as u32
     }
 
     fn from_outside(interface: u32, a: u64, b: u64) -> u32 {
@@ -154,6 +162,12 @@ pub(crate) fn is_owned(addr: Addr) -> bool {
     owned_have(addr.0[0], addr.0[1]) != 0
 }
 
+/// Whether what goes from one address to another gets an address of the node as its source where it leaves.
+#[inline(always)]
+pub(crate) fn is_masqueraded(source: Addr, Addr([a, b]): Addr) -> bool {
+    masquerade_has(source.0[0], source.0[1]) != 0 && masquerade_has(a, b) == 0 && masquerade_spares(a, b) == 0
+}
+
 /// Whether packets with a source that come in on an interface are from outside.
 #[inline(always)]
 pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
@@ -176,11 +190,15 @@ pub(crate) trait Parts: Sized {
     /// Rewrites a packet that the kernel sends.
     fn restore(frame: &Skb, work: &Work<Self>) -> i32;
     /// See [`icmp::read`].
-    fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool;
+    fn read_error(frame: &Skb, errand: *mut Errand<Self>, scope: Scope) -> bool;
     /// See [`icmp::understand`].
     fn understand_error(errand: *mut Errand<Self>, scope: Scope) -> bool;
     /// See [`icmp::send`].
     fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32;
+    /// See [`ping::read`].
+    fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known;
+    /// See [`ping::send`].
+    fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32;
 }
 
 /// Those that need the frame, for each hook and family.
@@ -192,19 +210,26 @@ pub(crate) trait Hook<A>: Frame + Reach<A> + Join<A> {
     fn dispatch(&self, work: &Work<A>) -> i32;
 }
 
-/// What a hook does with fragments.
+/// What TC alone does: with fragments, and with what the node sends.
 pub(crate) trait Join<A> {
     /// See [`fragment::join`].
     fn join(&self, work: &mut Work<A>) -> Verdict;
+    /// See [`pipeline::masquerade`].
+    fn masquerade(&self, work: &mut Work<A>) -> Verdict;
 }
 
 macro_rules! join {
-    ($family:ty, $join:ident) => {
+    ($family:ty, $join:ident, $masquerade:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $join(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
                 let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
                 fragment::join(&Skb::new(skb), work) as u32
+            }
+
+            fn $masquerade(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                pipeline::masquerade(&Skb::new(skb), work) as u32
             }
         }
 
@@ -213,12 +238,17 @@ macro_rules! join {
             fn join(&self, work: &mut Work<$family>) -> Verdict {
                 verdict($join(self.skb(), work))
             }
+
+            #[inline(always)]
+            fn masquerade(&self, work: &mut Work<$family>) -> Verdict {
+                verdict($masquerade(self.skb(), work))
+            }
         }
     };
 }
 
-join!(Ipv4Be, join_v4);
-join!(Ipv6Be, join_v6);
+join!(Ipv4Be, join_v4, masquerade_v4);
+join!(Ipv6Be, join_v6, masquerade_v6);
 
 /// They are TC's.
 impl<A> Join<A> for Xdp {
@@ -226,10 +256,15 @@ impl<A> Join<A> for Xdp {
     fn join(&self, _: &mut Work<A>) -> Verdict {
         Verdict::Pass
     }
+
+    #[inline(always)]
+    fn masquerade(&self, _: &mut Work<A>) -> Verdict {
+        Verdict::Pass
+    }
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $send_ping:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
@@ -277,8 +312,8 @@ macro_rules! parts {
                 unsafe { work.as_ref() }.map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
             }
 
-            fn $read_error(skb: *mut __sk_buff, errand: *mut Errand<$family>) -> u32 {
-                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::read(&Skb::new(skb), errand)) as u32
+            fn $read_error(skb: *mut __sk_buff, errand: *mut Errand<$family>, scope: u32) -> u32 {
+                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::read(&Skb::new(skb), errand, self::scope(scope))) as u32
             }
 
             fn $understand_error(errand: *mut Errand<$family>, scope: u32) -> u32 {
@@ -287,6 +322,14 @@ macro_rules! parts {
 
             fn $send_error(skb: *mut __sk_buff, errand: *const Errand<$family>, scope: u32) -> i32 {
                 unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| icmp::send(&Skb::new(skb), errand, self::scope(scope)))
+            }
+
+            fn $read_ping(skb: *mut __sk_buff, work: *mut Work<$family>, scope: u32) -> u32 {
+                unsafe { work.as_mut() }.map_or(Known::Elsewhere, |work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+            }
+
+            fn $send_ping(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
+                unsafe { work.as_ref() }.map_or(Skb::DROP, |work| ping::send(&Skb::new(skb), work))
             }
         }
 
@@ -327,8 +370,8 @@ macro_rules! parts {
             }
 
             #[inline(always)]
-            fn read_error(frame: &Skb, errand: *mut Errand<Self>) -> bool {
-                $read_error(frame.skb(), errand) != 0
+            fn read_error(frame: &Skb, errand: *mut Errand<Self>, scope: Scope) -> bool {
+                $read_error(frame.skb(), errand, scope as u32) != 0
             }
 
             #[inline(always)]
@@ -339,6 +382,16 @@ macro_rules! parts {
             #[inline(always)]
             fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32 {
                 $send_error(frame.skb(), errand, scope as u32)
+            }
+
+            #[inline(always)]
+            fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known {
+                known($read_ping(frame.skb(), work, scope as u32))
+            }
+
+            #[inline(always)]
+            fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32 {
+                $send_ping(frame.skb(), work)
             }
         }
     };
@@ -356,7 +409,9 @@ parts!(
     restore_v4,
     read_error_v4,
     understand_error_v4,
-    send_error_v4
+    send_error_v4,
+    read_ping_v4,
+    send_ping_v4
 );
 parts!(
     Ipv6Be,
@@ -370,7 +425,9 @@ parts!(
     restore_v6,
     read_error_v6,
     understand_error_v6,
-    send_error_v6
+    send_error_v6,
+    read_ping_v6,
+    send_ping_v6
 );
 
 macro_rules! hook {
@@ -392,7 +449,8 @@ macro_rules! hook {
             }
 
             fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, flags: u32) -> u32 {
-                if $needs_snat(context, packet, backend, flags) == 0 {
+                // What is masqueraded has no backend.
+                if backend != 0 && $needs_snat(context, packet, backend, flags) == 0 {
                     return Snat::NONE.0;
                 }
                 match $address(context, packet, backend) {
@@ -515,6 +573,18 @@ const fn verdict(number: u32) -> Verdict {
         EXHAUSTED => Verdict::Exhausted,
         ECHO => Verdict::Echo,
         _ => Verdict::Drop,
+    }
+}
+
+/// What the flow table says, from the number a subprogram returned.
+#[inline(always)]
+const fn known(number: u32) -> Known {
+    const TRANSLATE: u32 = Known::Translate as u32;
+    const NO: u32 = Known::No as u32;
+    match number {
+        TRANSLATE => Known::Translate,
+        NO => Known::No,
+        _ => Known::Elsewhere,
     }
 }
 

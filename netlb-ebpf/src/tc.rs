@@ -110,8 +110,8 @@ pub(crate) fn restore<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
 #[inline(always)]
 pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     let Work { packet, translation, lookup } = work;
-    // The kernel forwards nothing that comes in with an address of its own.
-    let is_fast = maps::forwarding() == forwarding::FAST || translation.has_snat;
+    // The kernel forwards nothing that comes in with an address of its own. A reply from the world, which is no service's, does not.
+    let is_fast = maps::forwarding() == forwarding::FAST || (translation.has_snat && translation.service != 0);
     let len = frame.datagram_len(packet);
     let mut way = if is_fast { maps::way(translation.hop) } else { Way::NONE };
     let mut outcome = Outcome::Resolved;

@@ -23,8 +23,8 @@ pub use self::{
     glob::Glob,
     networks::{Cidrs, NodePortAddresses},
     sections::{
-        Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Node, Snat, Socket, SocketScope, TcxOrder, Timeouts,
-        Xdp,
+        Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Masquerade, Node, Snat, Socket, SocketScope,
+        TcxOrder, Timeouts, Xdp,
     },
 };
 
@@ -45,6 +45,7 @@ pub struct Config {
     pub limits: Limits,
     pub timeouts: Timeouts,
     pub snat: Snat,
+    pub masquerade: Masquerade,
     pub log: Log,
     pub services: Vec<Service>,
 }
@@ -81,9 +82,9 @@ impl Config {
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
         let raw: RawConfig = toml::from_str(text)
             .map_err(|error| ConfigError::Invalid(Box::new(Diagnostic::from_toml(file, text, &error))))?;
-        let RawConfig { node, socket, api, limits, timeouts, snat, log, service } = raw;
+        let RawConfig { node, socket, api, limits, timeouts, snat, masquerade, log, service } = raw;
         let services = check_services(file, text, service)?;
-        Ok(Self { node, socket, api, limits, timeouts, snat, log, services })
+        Ok(Self { node, socket, api, limits, timeouts, snat, masquerade, log, services })
     }
 
     /// The sections in which the two differ and that are read at start only.
@@ -96,6 +97,7 @@ impl Config {
             ("[limits]", self.limits != new.limits),
             ("[timeouts]", self.timeouts != new.timeouts),
             ("[snat]", self.snat != new.snat),
+            ("[masquerade]", self.masquerade != new.masquerade),
             ("[log]", self.log != new.log),
         ]
         .into_iter()
@@ -132,6 +134,8 @@ struct RawConfig {
     timeouts: Timeouts,
     #[serde(default)]
     snat: Snat,
+    #[serde(default)]
+    masquerade: Masquerade,
     #[serde(default)]
     log: Log,
     #[serde(default)]

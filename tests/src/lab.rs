@@ -204,8 +204,12 @@ impl Lab {
 
     /// With networks that the programs know.
     pub fn at(site: &Site) -> Result<Self> {
+        Self::at_with(site, Forwarding::Fast)
+    }
+
+    pub fn at_with(site: &Site, forwarding: Forwarding) -> Result<Self> {
         make_network()?;
-        let harness = known(Harness::at(site, &LIMITS, &Timeouts::default(), Forwarding::Fast)?)?;
+        let harness = known(Harness::at(site, &LIMITS, &Timeouts::default(), forwarding)?)?;
         Ok(Self { harness, seen: RefCell::new(vec![0; Counter::COUNT]) })
     }
 

@@ -3,14 +3,16 @@
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::checksum::Sum16BitWords;
-use netlb::datapath::kernel::testing::Program;
+use netlb::datapath::kernel::testing::{Program, Site};
 use netlb::model::Protocol;
+use netlb::resolve::Node;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
+use netlb_common::network::{Network, Networks};
 use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, ETHERNET, Mac, Packet, SYN_ACK, Transport, patch};
 use netlb_integration::lab::{
-    BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT, XDP_PASS,
+    BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT, XDP_PASS, addr,
     destination, mac, source,
 };
 use netlb_integration::testing::TestResult;
@@ -521,6 +523,54 @@ fn an_error_of_the_node_itself_is_translated_as_it_leaves() -> TestResult {
             assert_eq!(out, Outcome { verdict: PASS, frame: expected.frame() }, "{case}");
             // It is not taken for another one then.
             assert_eq!(lab.to_clients(&out.frame), out, "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// What pods send to the world has an address of the node as its source there, and so have errors about it.
+#[test]
+fn an_error_about_a_masqueraded_packet_reaches_who_sent_it() -> TestResult {
+    let mut masquerade = Networks { len: 2, ..Networks::NONE };
+    masquerade.all[0] = Network::new(addr(CASES[0].host(2, 0)), 96 + 24);
+    masquerade.all[1] = Network::new(addr(CASES[2].host(2, 0)), 64);
+    let mut lab = Lab::at(&Site { masquerade: (masquerade, Networks::NONE), ..Site::default() })?;
+    let addresses = Vec::from_iter([CASES[0], CASES[2]].map(|case| case.host(1, 100)));
+    for address in &addresses {
+        let tail: &[&str] = if address.is_ipv4() { &[] } else { &["nodad"] };
+        let len = if address.is_ipv4() { 24 } else { 64 };
+        let words = ["address", "add", &format!("{address}/{len}"), "dev", "clients"].map(str::to_owned);
+        Cmd::new("ip").args(words).args(tail).run()?.success()?;
+    }
+    lab.harness.set_interface(CLIENTS, UPLINK)?;
+    lab.harness.programmer_mut().set_node(Node { addresses, ..Node::default() });
+    for case in CASES {
+        lab.begin([]);
+        let (pod, world) = (case.backend(3), case.client(443));
+        let given = source(&lab.to_clients(case.packet(pod, world).frame()).frame);
+        assert_eq!(given.ip(), case.host(1, 100), "{case}");
+        lab.counts();
+        let segment = |from, to| case.segment(from, to, ACK).payload([0xa5; 77]).ttl(9);
+        for past in PAST {
+            for from in [world.ip(), router(case, 1)] {
+                let what = format!("{case}: from {from}, {past} bytes");
+                let mut error = Message::about(&segment(given, world), from, past);
+                (error.to_mac, error.from_mac) = (CLIENTS_MAC, mac(from));
+                let mut expected = error.instead(&segment(pod, world), from);
+                (expected.to_mac, expected.from_mac) = (mac(pod.ip()), BACKENDS_MAC);
+                expected.ttl -= 1;
+                let out = lab.from_clients(error.frame());
+                assert_eq!(out, Outcome { verdict: REDIRECT, frame: expected.frame() }, "{what}");
+            }
+            for (from, shown) in [(pod.ip(), given.ip()), (router(case, 2), router(case, 2))] {
+                let what = format!("{case}: about a reply, from {from}, {past} bytes");
+                let error = Message::about(&segment(world, pod), from, past);
+                let expected = error.instead(&segment(world, given), shown);
+                let out = lab.to_clients(error.frame());
+                assert_eq!(out, Outcome { verdict: PASS, frame: expected.frame() }, "{what}");
+            }
+            assert_eq!(translated(&lab), 4, "{case}: {past} bytes");
+            lab.counts();
         }
     }
     Ok(())

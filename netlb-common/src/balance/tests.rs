@@ -92,7 +92,7 @@ impl Node {
         Lookup {
             fingerprint: self.hash_key().fingerprint(&packet.tuple),
             now: NOW,
-            candidate: Candidate { to_frontend: true, from_backend: false },
+            candidate: Candidate { to_frontend: true, from_backend: false, is_masqueraded: false },
             scope: Scope::Both,
         }
     }
@@ -211,8 +211,12 @@ impl Tables for &Node {
         addr.to_bytes().starts_with(&v4(10, 96, 0, 0).to_map().to_bytes()[..15])
     }
 
-    fn source(&self, _: u32) -> Option<Addr> {
-        None
+    fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool {
+        source == v4(10, 244, 1, 9).to_map() && destination == v4(198, 51, 100, 1).to_map()
+    }
+
+    fn source(&self, index: u32) -> Option<Addr> {
+        (index == 1).then(|| v4(192, 0, 2, 100).to_map())
     }
 
     fn source_index(&self, _: Addr) -> u32 {
@@ -220,7 +224,7 @@ impl Tables for &Node {
     }
 
     fn snat_ports(&self) -> Ports {
-        Ports::default()
+        Ports { first: 61_000, more: 4535 }
     }
 
     fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
@@ -404,7 +408,91 @@ fn addresses_of_owned_networks_are_services_the_nodes_or_nobodys() {
     assert_eq!(of(10, 96, 0, 11), Unclaimed::Elsewhere);
     assert_eq!(of(10, 96, 0, 12), Unclaimed::Nobody);
     assert_eq!(of(10, 97, 0, 12), Unclaimed::Elsewhere);
-    let candidate = |a, b, c, d| candidate(&&node, v4(192, 0, 2, 1), v4(a, b, c, d));
-    assert_eq!(candidate(10, 96, 0, 12), Some(Candidate { to_frontend: false, from_backend: false }));
+    let candidate = |a, b, c, d| candidate(&&node, Scope::Both, v4(192, 0, 2, 1), v4(a, b, c, d));
+    assert_eq!(
+        candidate(10, 96, 0, 12),
+        Some(Candidate { to_frontend: false, from_backend: false, is_masqueraded: false })
+    );
     assert_eq!(candidate(10, 97, 0, 12), None);
+}
+
+/// The node's address and one of its ports.
+struct Given;
+
+impl Reach<Ipv4Be> for Given {
+    fn source(&self, _: &Parsed<Ipv4Be>, _: &Lookup, backend: u32, _: u32) -> Snat {
+        assert_eq!(backend, 0);
+        Snat::new(1, PortBe::new(61_000))
+    }
+}
+
+#[test]
+fn a_masqueraded_flow_is_translated_where_it_leaves_and_where_replies_come_in() {
+    const SYN: u8 = 0x02;
+    const ACK: u8 = 0x10;
+    const RST: u8 = 0x04;
+    let node = Node::new();
+    let packet = |segment| {
+        let mut packet = Node::packet(40_000, segment);
+        (packet.tuple.source, packet.tuple.destination) = (v4(10, 244, 1, 9), v4(198, 51, 100, 1));
+        packet
+    };
+    let sent = Tuple { source: v4(192, 0, 2, 100), source_port: PortBe::new(61_000), ..packet(SYN).tuple };
+    let reply = |segment| Parsed { tuple: sent.reversed(), ..packet(segment) };
+    let known = |packet: &Parsed<Ipv4Be>, scope| {
+        let mut translation = Translation::none();
+        let lookup = Lookup { scope, ..node.lookup(packet) };
+        let known = known(&node, packet, &lookup, |_| true, &mut translation);
+        if known == Known::Tend {
+            tend(&node, packet, &lookup, &translation);
+        }
+        (known, translation.apply(&packet.tuple))
+    };
+    let begin = |packet: &Parsed<Ipv4Be>| {
+        let mut translation = Translation::none();
+        let verdict = masquerade(&node, packet, &node.lookup(packet), &Given, &mut translation);
+        (verdict, translation.apply(&packet.tuple))
+    };
+
+    assert_eq!(begin(&packet(ACK)).0, Verdict::Pass, "it may answer what came from outside");
+    assert_eq!(known(&packet(SYN), Scope::Replies).0, Known::No);
+    assert_eq!(begin(&packet(SYN)), (Verdict::Translate, sent));
+    for scope in [Scope::Both, Scope::Forward] {
+        assert_eq!(known(&packet(ACK), scope).0, Known::Elsewhere, "{scope:?}");
+        assert_eq!(known(&reply(ACK), scope).1, packet(ACK).tuple.reversed(), "{scope:?}");
+    }
+    assert_eq!(known(&packet(ACK), Scope::Replies).1, sent);
+    assert_eq!(known(&reply(ACK), Scope::Replies).0, Known::Elsewhere);
+
+    // It is over, and the pod begins anew.
+    known(&reply(RST), Scope::Both);
+    assert_eq!(known(&packet(SYN), Scope::Replies).0, Known::No);
+    assert_eq!(known(&reply(ACK), Scope::Both).0, Known::No, "neither half is left");
+    assert_eq!(begin(&packet(SYN)), (Verdict::Translate, sent));
+
+    // A packet of a service's flow, which was to keep its source.
+    let mut other = packet(SYN);
+    other.tuple.source_port = PortBe::new(40_001);
+    let fingerprint = node.hash_key().fingerprint(&other.tuple.reversed());
+    let flow = Flow {
+        twin: fingerprint,
+        client: other.tuple.source.to_map(),
+        client_port: other.tuple.source_port,
+        protocol: 6,
+        snat: Snat::NONE,
+        frontend: 1,
+        backend: 1,
+    };
+    let data = Data::new(Direction::Reply, State::SYN_SENT, 1);
+    assert!((&node).insert(New { fingerprint, data, flow, now: NOW }).is_new());
+    assert_eq!(begin(&other).0, Verdict::Pass);
+}
+
+#[test]
+fn what_leaves_for_the_world_is_a_candidate_there_only() {
+    let node = Node::new();
+    let of = |scope, a, b, c, d| candidate(&&node, scope, v4(10, 244, 1, 9), v4(a, b, c, d));
+    assert!(of(Scope::Replies, 198, 51, 100, 1).is_some_and(|candidate| candidate.is_masqueraded));
+    assert_eq!(of(Scope::Both, 198, 51, 100, 1), None);
+    assert_eq!(of(Scope::Replies, 198, 51, 100, 2), None);
 }

@@ -280,6 +280,16 @@ fn ports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), D::Er
     })
 }
 
+/// `[masquerade]`: whose packets leave by uplinks with an address of the node as their source.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Masquerade {
+    /// Addresses of pods. What goes from one to another keeps its source.
+    pub pod_cidrs: Cidrs,
+    /// Further destinations that see the pods' own addresses.
+    pub exclude: Cidrs,
+}
+
 /// `[log]`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -15,6 +15,21 @@ fn refused(text: &str) -> String {
 }
 
 #[test]
+fn masquerading_names_networks_of_both_families() {
+    let text = "[masquerade]\npod_cidrs = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\nexclude = [\"192.0.2.7/24\"]\n";
+    let config = Config::parse("netlb.toml", text).unwrap();
+    let networks = |cidrs: &Cidrs| cidrs.networks().iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(networks(&config.masquerade.pod_cidrs), ["10.244.0.0/16", "fd00:10:244::/48"]);
+    assert_eq!(networks(&config.masquerade.exclude), ["192.0.2.0/24"]);
+    assert_eq!(config.needs_restart(&Config::default()), ["[masquerade]"]);
+    let error = refused("[masquerade]\npod_cidrs = [\"10.244.0.0/33\"]\n");
+    assert!(error.starts_with("netlb.toml:2:14: ") && error.contains("`10.244.0.0/33` is not a network"), "{error}");
+    let many = vec!["\"10.0.0.0/8\""; 9].join(", ");
+    let error = refused(&format!("[masquerade]\nexclude = [{many}]\n"));
+    assert!(error.contains("9 networks are too many; the most is 8"), "{error}");
+}
+
+#[test]
 fn an_empty_file_is_a_configuration() {
     assert_eq!(parse(""), Config::default());
     assert_eq!(parse("").limits.flows, 262_144);

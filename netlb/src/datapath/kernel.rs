@@ -138,12 +138,17 @@ impl Datapath {
             log: config.log.dataplane,
             owned: layout::networks(config.node.owned_cidrs.networks()),
             pods: layout::networks(config.node.pod_cidrs.networks()),
+            masquerade: (
+                layout::networks(config.masquerade.pod_cidrs.networks()),
+                layout::networks(config.masquerade.exclude.networks()),
+            ),
             echo: config.node.echo,
             xdp: config.node.xdp != Xdp::Off,
             sockets: config.socket.scope,
         };
         let mut loaded = load::load(&options, pins)?;
-        let mut programmer = Programmer::new(loaded.maps).context("cannot read the pinned maps")?;
+        let mut programmer =
+            Programmer::new(loaded.maps, options.masquerade.0.len > 0).context("cannot read the pinned maps")?;
         let counts = Counts::new(&mut loaded.ebpf)?;
         if config.log.dataplane != LogLevel::Off {
             logs::forward(&mut loaded.ebpf).context("cannot read the log of the BPF programs")?;

@@ -176,13 +176,13 @@ impl Entry {
 }
 
 impl<M: Maps> Programmer<M> {
-    /// Goes on from what the maps hold.
-    pub fn new(maps: M) -> io::Result<Self> {
-        Self::with_clock(maps, clock::now)
+    /// Goes on from what the maps hold. `masquerades` says that pods' packets may come back to any address of the node.
+    pub fn new(maps: M, masquerades: bool) -> io::Result<Self> {
+        Self::with_clock(maps, masquerades, clock::now)
     }
 
     /// The same, with another clock than that of the programs.
-    pub fn with_clock(maps: M, clock: impl Fn() -> Ticks + Send + 'static) -> io::Result<Self> {
+    pub fn with_clock(maps: M, masquerades: bool, clock: impl Fn() -> Ticks + Send + 'static) -> io::Result<Self> {
         let sizes = maps.sizes();
         let mut programmer = Self {
             maps,
@@ -194,7 +194,7 @@ impl<M: Maps> Programmer<M> {
             backends: Table::new(sizes.backends),
             served: HashMap::new(),
             contested: BTreeSet::new(),
-            addresses: Addresses::default(),
+            addresses: Addresses::new(masquerades),
             source_ranges: 0,
             swept_affinity: None,
             affinities: (0, 0),

@@ -257,6 +257,8 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
         echo: u32::from(options.echo),
         owned: options.owned,
         pods: options.pods,
+        masquerade: options.masquerade.0,
+        masquerade_except: options.masquerade.1,
     }
 }
 

@@ -42,6 +42,8 @@ pub(super) struct Options<'a> {
     pub(super) owned: Networks,
     /// Addresses of the node's pods.
     pub(super) pods: Networks,
+    /// Addresses that leave with one of the node in their place, and destinations where they do not.
+    pub(super) masquerade: (Networks, Networks),
     /// Whether services answer echo requests.
     pub(super) echo: bool,
     /// Whether the XDP program is wanted.

@@ -74,12 +74,14 @@ pub struct Harness {
 pub struct Site {
     pub owned: Networks,
     pub pods: Networks,
+    /// Addresses that leave with one of the node in their place, and destinations where they do not.
+    pub masquerade: (Networks, Networks),
     pub echo: bool,
 }
 
 impl Default for Site {
     fn default() -> Self {
-        Self { owned: Networks::NONE, pods: Networks::NONE, echo: true }
+        Self { owned: Networks::NONE, pods: Networks::NONE, masquerade: (Networks::NONE, Networks::NONE), echo: true }
     }
 }
 
@@ -120,13 +122,14 @@ impl Harness {
             log: LogLevel::Off,
             owned: site.owned,
             pods: site.pods,
+            masquerade: site.masquerade,
             echo: site.echo,
             xdp: true,
             sockets: SocketScope::Off,
         };
         let mut loaded = load::load_unpinned(&options)?;
         Ok(Self {
-            programmer: Programmer::new(loaded.maps)?,
+            programmer: Programmer::new(loaded.maps, site.masquerade.0.len > 0)?,
             interfaces: take_hash(&mut loaded.ebpf, "INTERFACES")?,
             counts: Counts::new(&mut loaded.ebpf)?,
             addresses: HashMap::try_from(Map::HashMap(loaded.memory.map("ADDRESSES")?))?,

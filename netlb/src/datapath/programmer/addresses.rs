@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
+use netlb_common::filter::Kind;
 use netlb_common::maps::{Affinity, AffinityKey, RangeKey, address};
 
 use super::*;
@@ -39,6 +40,10 @@ pub(super) struct Addresses {
     /// How many services.
     services: HashMap<Addr, u32>,
     node: HashSet<Addr>,
+    /// Whether packets to the node's addresses must be looked at: replies to what is masqueraded come to them.
+    masquerades: bool,
+    /// Those that have the bit in the filter for it.
+    answered: HashSet<Addr>,
     /// The entries there are.
     pub(super) written: HashMap<Addr, u32>,
     /// Whether entries may be taken away: not before all services are known.
@@ -48,6 +53,10 @@ pub(super) struct Addresses {
 }
 
 impl Addresses {
+    pub(super) fn new(masquerades: bool) -> Self {
+        Self { masquerades, ..Self::default() }
+    }
+
     fn wanted(&self, addr: Addr) -> u32 {
         let service = if self.services.contains_key(&addr) { address::SERVICE } else { 0 };
         let node = if self.node.contains(&addr) { address::NODE } else { 0 };
@@ -115,6 +124,16 @@ impl<M: Maps> Programmer<M> {
         let changed: Vec<_> = before.symmetric_difference(&self.addresses.node).copied().collect();
         for addr in changed {
             self.write_address_or_warn(addr);
+        }
+        if self.addresses.masquerades {
+            let wanted = self.addresses.node.clone();
+            let before = std::mem::replace(&mut self.addresses.answered, wanted);
+            for addr in self.addresses.answered.difference(&before).copied().collect::<Vec<_>>() {
+                self.add_filter_bit(&EndpointKey::new(addr, PortBe(0), 0), Kind::Frontend);
+            }
+            for addr in before.difference(&self.addresses.answered).copied().collect::<Vec<_>>() {
+                self.remove_filter_bit(&EndpointKey::new(addr, PortBe(0), 0), Kind::Frontend);
+            }
         }
     }
 
@@ -197,6 +216,13 @@ impl<M: Maps> Programmer<M> {
     /// Reads back what a daemon before this one said of addresses and clients.
     pub(super) fn adopt_addresses(&mut self) -> io::Result<()> {
         self.addresses.written = self.maps.addresses()?.into_iter().collect();
+        if self.addresses.masquerades {
+            let of_node = self.addresses.written.iter().filter(|(_, known)| *known & address::NODE != 0);
+            self.addresses.answered = of_node.map(|(addr, _)| *addr).collect();
+            for addr in self.addresses.answered.iter().copied().collect::<Vec<_>>() {
+                self.add_counted_bit(&EndpointKey::new(addr, PortBe(0), 0), Kind::Frontend);
+            }
+        }
         for (bits, key) in self.maps.source_ranges()? {
             let range = bits.checked_sub(RangeKey::SERVICE_BITS).map(|bits| Range { bits, addr: halves(key.addr) });
             match (self.services.get_mut(key.service), range) {

@@ -136,7 +136,7 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Counts the bit. The whole filter is written in the end.
-    fn add_counted_bit(&mut self, key: &EndpointKey, kind: filter::Kind) {
+    pub(super) fn add_counted_bit(&mut self, key: &EndpointKey, kind: filter::Kind) {
         let bit = self.filter_bit(key, kind);
         self.filter.add(bit);
     }

@@ -75,7 +75,8 @@ impl<M: Maps> Programmer<M> {
     pub fn count_flows(&self, filter: &FlowFilter) -> u64 {
         let Some(service) = self.filtered_service(filter) else { return 0 };
         let mut count = 0;
-        self.each_flow((self.clock)(), |_, _, data| count += u64::from(self.is_of(data, service)));
+        // What is masqueraded is no service's.
+        self.each_flow((self.clock)(), |_, _, data| count += u64::from(data.id() != 0 && self.is_of(data, service)));
         count
     }
 

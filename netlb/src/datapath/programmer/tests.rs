@@ -44,7 +44,7 @@ impl Bench {
 
     fn over(maps: MemoryMaps, clock: TestClock) -> Self {
         let reads = clock.clone();
-        Self { programmer: Programmer::with_clock(maps, move || reads.now()).unwrap(), clock }
+        Self { programmer: Programmer::with_clock(maps, false, move || reads.now()).unwrap(), clock }
     }
 
     /// Another daemon takes over.

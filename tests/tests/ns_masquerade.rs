@@ -1,0 +1,176 @@
+//! Pods reach the world, which sees the node: it knows no way to pods.
+
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
+use netlb_integration::testing::TestResult;
+use netlb_integration::topology::{Family, Host, Layout, Plan, Pod, Testbed, vip};
+
+const WAIT: Duration = Duration::from_secs(5);
+const MASQUERADE: &str = "\n[masquerade]\npod_cidrs = [\"10.244.0.0/16\", \"fd00:10:244::/48\"]\n";
+
+#[test]
+fn the_world_sees_the_node_and_its_answers_reach_the_pod() -> TestResult {
+    for (layout, forwarding, rp_filter) in [
+        (Layout::Ptp, Forwarding::Fast, 1),
+        (Layout::Ptp, Forwarding::Stack, 1),
+        (Layout::Bridge, Forwarding::Fast, 0),
+        (Layout::Bridge, Forwarding::Stack, 2),
+    ] {
+        let bed = Plan::new(layout).with_outside_client().rp_filter(rp_filter).build()?;
+        let pod = bed.pod(Host::A, "client")?;
+        let world = World::open(&bed)?;
+        let mut config = Config::new(bed.node_a(), forwarding).extra(MASQUERADE);
+        if layout == Layout::Bridge {
+            config = config.bridge("br0");
+        }
+        for server in &world.servers {
+            let address = server.tcp.local_addr()?;
+            let frontend = format!("{}/tcp", SocketAddr::new(vip(server.family, 10), 80));
+            let name = format!("world-{}", server.family).to_lowercase();
+            config = config.service(Service::new(&name, frontend, [address]));
+        }
+        let netlb = Netlb::start(bed.node_a(), &config)?;
+        for server in &world.servers {
+            let Server { family, tcp, udp } = server;
+            let what = format!("{layout:?}, {forwarding}, {family}; {}", netlb.log());
+            let node = Host::A.underlay_address(*family);
+            for round in 0..5 {
+                let seen = talk(&pod, tcp.local_addr()?, tcp).with_context(|| what.clone())?;
+                assert_eq!(seen.ip(), node, "TCP, {round}: {what}");
+                let seen = exchange(&pod, udp.local_addr()?, udp).with_context(|| what.clone())?;
+                assert_eq!(seen.ip(), node, "UDP, {round}: {what}");
+            }
+            let seen = talk(&pod, SocketAddr::new(vip(*family, 10), 80), tcp).with_context(|| what.clone())?;
+            assert_eq!(seen.ip(), node, "by a service: {what}");
+            ping(&pod, tcp.local_addr()?.ip()).with_context(|| what.clone())?;
+            // The node's own connections are what they were.
+            let node = &bed.node_a().ns;
+            let to = tcp.local_addr()?;
+            node.enter(|| TcpStream::connect_timeout(&to, WAIT))?.with_context(|| format!("the node: {what}"))?;
+            tcp.accept()?;
+        }
+        let status = netlb.must(["status"])?;
+        assert!(status.contains("flows_masqueraded"), "{status}");
+    }
+    Ok(())
+}
+
+/// Servers out on the underlay, which have no way to pods.
+struct World {
+    servers: Vec<Server>,
+}
+
+struct Server {
+    family: Family,
+    tcp: TcpListener,
+    udp: UdpSocket,
+}
+
+impl World {
+    fn open(bed: &Testbed) -> Result<Self> {
+        let outside = bed.outside()?;
+        for network in ["10.244.0.0/16", "fd00:10:244::/48"] {
+            outside.ip(&format!("route add unreachable {network} metric 1\n"))?;
+        }
+        let mut servers = Vec::new();
+        for family in Family::BOTH {
+            let node = SocketAddr::new(Host::A.underlay_address(family), 9);
+            let (tcp, udp) = outside.enter(|| -> io::Result<_> {
+                let any: SocketAddr = if node.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+                let probe = UdpSocket::bind(any)?;
+                probe.connect(node)?;
+                let here = SocketAddr::new(probe.local_addr()?.ip(), 0);
+                Ok((TcpListener::bind(here)?, UdpSocket::bind(here)?))
+            })??;
+            udp.set_read_timeout(Some(WAIT))?;
+            servers.push(Server { family, tcp, udp });
+        }
+        Ok(Self { servers })
+    }
+}
+
+/// A connection of a pod, with some words each way. Says whom the server sees.
+fn talk(pod: &Pod, to: SocketAddr, server: &TcpListener) -> Result<SocketAddr> {
+    let mut client = pod.ns.enter(|| TcpStream::connect_timeout(&to, WAIT))?.context("failed to connect")?;
+    let (mut accepted, peer) = server.accept()?;
+    for stream in [&client, &accepted] {
+        stream.set_read_timeout(Some(WAIT))?;
+    }
+    let mut heard = vec![0; 100_000];
+    for said in [1, 2] {
+        client.write_all(&vec![said; heard.len()])?;
+        accepted.read_exact(&mut heard)?;
+        ensure!(heard.iter().all(|byte| *byte == said), "the server heard something else");
+        accepted.write_all(&heard)?;
+        client.read_exact(&mut heard)?;
+    }
+    Ok(peer)
+}
+
+/// The same with datagrams.
+fn exchange(pod: &Pod, to: SocketAddr, server: &UdpSocket) -> Result<SocketAddr> {
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let client = pod.ns.enter(|| UdpSocket::bind(any))??;
+    client.set_read_timeout(Some(WAIT))?;
+    client.connect(to)?;
+    let mut heard = [0; 16];
+    let mut peer = None;
+    for _ in 0..3 {
+        client.send(b"hello")?;
+        let (len, from) = server.recv_from(&mut heard).context("the server heard nothing")?;
+        server.send_to(&heard[..len], from)?;
+        let len = client.recv(&mut heard).context("no answer")?;
+        ensure!(&heard[..len] == b"hello", "another answer");
+        ensure!(peer.replace(from).is_none_or(|before| before == from), "another source");
+    }
+    peer.context("nobody spoke")
+}
+
+/// Asks for three echoes from a pod.
+fn ping(pod: &Pod, to: IpAddr) -> Result<()> {
+    const ID: [u8; 2] = [0x12, 0x34];
+    let (family, protocol, request, reply) = if to.is_ipv4() {
+        (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0)
+    } else {
+        (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128, 129)
+    };
+    let socket = pod.ns.enter(|| {
+        // SAFETY: plain integers.
+        match unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: a new descriptor that nobody else has.
+            socket => Ok(UdpSocket::from(unsafe { OwnedFd::from_raw_fd(socket) })),
+        }
+    })??;
+    socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+    for number in 1..=3 {
+        let mut message = vec![request, 0, 0, 0, ID[0], ID[1], 0, number];
+        message.extend([0x42; 56]);
+        if to.is_ipv4() {
+            let sum = etherparse::checksum::Sum16BitWords::new().add_slice(&message).ones_complement();
+            message[2..4].copy_from_slice(&sum.to_ne_bytes());
+        }
+        socket.send_to(&message, SocketAddr::new(to, 0))?;
+        let begin = Instant::now();
+        loop {
+            ensure!(begin.elapsed() < WAIT, "no reply to echo request {number}");
+            let mut heard = [0; 256];
+            let (len, from) = match socket.recv_from(&mut heard) {
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
+                heard => heard?,
+            };
+            let at = if to.is_ipv4() { 20 } else { 0 };
+            let heard = &heard[at..len];
+            if heard[0] == reply && heard[4..6] == ID && heard[7] == number {
+                assert_eq!((from.ip(), &heard[8..]), (to, &message[8..]));
+                break;
+            }
+        }
+    }
+    Ok(())
+}
