@@ -62,6 +62,7 @@ counters! {
     AnswersLimited "answers_limited" "packets dropped instead of answered because there were too many to answer",
     EchoAnswered "echo_answered" "echo requests to services answered",
     AffinityFull "affinity_full" "new connections whose client does not keep its backend because too many clients do",
+    BindsRefused "binds_refused" "calls of processes refused because they would have bound a node port that a service has",
 }
 
 impl Counter {

@@ -103,6 +103,8 @@ impl Config {
     pub const DROP: u32 = 1 << 6;
     /// All members are on this node: see [`Backend::LOCAL`].
     pub const LOCAL: u32 = 1 << 7;
+    /// The address is the node's, with a node port or a published one: the node's processes leave the port alone.
+    pub const NODE: u32 = 1 << 8;
 }
 
 /// How a backend is chosen, as [`Config::algorithm`] says it.
@@ -257,6 +259,30 @@ pub mod address {
     pub const SERVICE: u32 = 1;
     /// The node itself has it.
     pub const NODE: u32 = 2;
+}
+
+/// Key of `NODE_PORTS`: a port that is served at addresses of the node, whichever.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct NodePortKey {
+    pub port: PortBe,
+    /// IANA protocol number.
+    pub protocol: u8,
+    pub pad: u8,
+}
+
+impl NodePortKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(port: PortBe, protocol: u8) -> Self {
+        Self { port, protocol, pad: 0 }
+    }
+}
+
+/// Value of `NODE_PORTS`: of which families the addresses are.
+pub mod family {
+    pub const V4: u32 = 1;
+    pub const V6: u32 = 2;
 }
 
 /// Element of `SERVICE_STATS`, per CPU.
@@ -425,6 +451,7 @@ const _: () = {
     assert!(size_of::<Settings>() == 120 + 2 * size_of::<Networks>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
+    assert!(size_of::<NodePortKey>() == 4);
 };
 
 /// What user space puts into maps and constants as plain bytes.
@@ -448,6 +475,7 @@ mod pod {
         RangeKey,
         AffinityKey,
         Affinity,
+        NodePortKey,
         ServiceStats,
         Interface,
         SocketKey,

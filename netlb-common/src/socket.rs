@@ -8,7 +8,7 @@ use crate::{
     addr::{Addr, PortBe},
     balance::{self, OFFERS, Tables},
     counters::Counter,
-    maps::{Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, SocketKey},
+    maps::{Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, NodePortKey, SocketKey, family},
     time::Ticks,
     wire::udp,
 };
@@ -181,6 +181,27 @@ fn choose<T: Tables>(
 #[inline(always)]
 pub fn peer(sockets: &impl Sockets, cookie: u64, addr: Addr, port: PortBe) -> Option<Counterpart> {
     sockets.get(&SocketKey::new(cookie, addr, port, SocketKey::BACKEND))
+}
+
+/// Whether a process of the node may bind a socket there: not where a node port is served, at that address or, for a wildcard, at any of
+/// its family. `families` says of which families a port is served at addresses of the node.
+///
+/// A program is not told whether an IPv6 socket takes IPv4 as well, so that `::` counts as both.
+#[inline(always)]
+pub fn may_bind<T: Tables>(tables: T, named: &EndpointKey, families: impl FnOnce(&NodePortKey) -> u32) -> bool {
+    const ANY_V4: Addr = Addr::from_v4([0; 4]);
+    const ANY: Addr = Addr([0; 2]);
+    let served = families(&NodePortKey::new(named.port, named.protocol));
+    if served == 0 {
+        return true;
+    }
+    if named.addr == ANY {
+        return false;
+    }
+    if named.addr == ANY_V4 {
+        return served & family::V4 == 0;
+    }
+    !balance::in_force(&tables, named).is_some_and(|(_, config)| config.flags & Config::NODE != 0)
 }
 
 #[cfg(test)]
@@ -408,6 +429,27 @@ mod tests {
         fn count(&self, _: Counter) {}
 
         fn count_flow(&self, _: u32, _: u32) {}
+    }
+
+    #[test]
+    fn node_ports_are_not_bound() {
+        let mut node = Node::new(TCP);
+        node.config.flags = Config::NODE;
+        let named = service(TCP);
+        let may = |node: &Node, addr, port, served| {
+            let key = EndpointKey::new(addr, PortBe::new(port), TCP);
+            let families = |key: &NodePortKey| if *key == NodePortKey::new(named.port, TCP) { served } else { 0 };
+            may_bind(node, &key, families)
+        };
+        let (any_v4, any) = (Addr::from_v4([0; 4]), Addr::default());
+        let any_v6_of = |served| may(&node, any, 53, served);
+        assert!(!any_v6_of(family::V4) && !any_v6_of(family::V6) && any_v6_of(0));
+        assert!(!may(&node, any_v4, 53, family::V4) && may(&node, any_v4, 53, family::V6));
+        assert!(may(&node, any_v4, 54, family::V4), "another port");
+        assert!(!may(&node, named.addr, 53, family::V4));
+        assert!(may(&node, addr(9), 53, family::V4), "an address it is not served at");
+        node.config.flags = 0;
+        assert!(may(&node, named.addr, 53, family::V4), "served, but not as an address of the node");
     }
 
     #[test]

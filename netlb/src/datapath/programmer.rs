@@ -32,6 +32,7 @@ use netlb_common::{
 
 use self::{
     addresses::{Addresses, Range},
+    node_ports::NodePorts,
     plan::{Held, Plan, Pool, Pools, base, outside},
     regions::Regions,
     release::{Resting, Retired, Waiting},
@@ -53,6 +54,7 @@ mod clock;
 mod flows;
 #[cfg(test)]
 mod memory;
+mod node_ports;
 mod plan;
 mod regions;
 mod release;
@@ -82,6 +84,7 @@ pub struct Programmer<M: Maps> {
     /// Services that do without frontends which others hold.
     contested: BTreeSet<u32>,
     addresses: Addresses,
+    node_ports: NodePorts,
     /// Entries of `SOURCE_RANGES`.
     source_ranges: u32,
     /// Where the sweep of `AFFINITY` goes on; entries that it met, and all that it met the last time.
@@ -195,6 +198,7 @@ impl<M: Maps> Programmer<M> {
             served: HashMap::new(),
             contested: BTreeSet::new(),
             addresses: Addresses::default(),
+            node_ports: NodePorts::default(),
             source_ranges: 0,
             swept_affinity: None,
             affinities: (0, 0),
@@ -311,6 +315,7 @@ impl<M: Maps> Programmer<M> {
         }
         self.end_moves(&mut report);
         self.forget_addresses();
+        self.write_node_ports();
         for plan in &plans {
             let name = plan.service.name();
             if let Some(Held { frontend, by }) = plan.held.first()
@@ -391,6 +396,7 @@ impl<M: Maps> Programmer<M> {
             ("RINGS", table(self.rings.used(), self.rings.size())),
             ("MEMBERS", table(self.members.used(), self.members.size())),
             ("ADDRESSES", table(self.addresses.written.len() as u32, self.sizes.addresses)),
+            ("NODE_PORTS", table(self.node_ports.len(), self.sizes.node_ports)),
             ("SOURCE_RANGES", table(self.source_ranges, self.sizes.source_ranges)),
             ("AFFINITY", (self.affinities.1, self.sizes.affinities.into())),
             ("flows", self.flow_slots()),
@@ -557,7 +563,7 @@ impl<M: Maps> Programmer<M> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(kernel_error("SERVICES", &error)),
             _ => {}
         }
-        self.served.remove(&key);
+        self.put_served(key, None);
         self.freed += 1;
         self.retired.configs.push(served);
         Ok(())

@@ -30,6 +30,7 @@ impl<M: Maps> Programmer<M> {
         }
         self.adopt_owners()?;
         self.adopt_addresses()?;
+        self.adopt_node_ports()?;
         self.maps.write_filter(&self.filter.words(self.sizes.filter_bits_log2));
         Ok(())
     }
@@ -79,7 +80,7 @@ impl<M: Maps> Programmer<M> {
             }
         }
         self.configs.adopt(index, || ());
-        self.served.insert(key, Served { reference, config });
+        self.put_served(key, Some(Served { reference, config }));
         self.generation = self.generation.max(config.generation);
         let entry = self.adopted_service(service);
         entry.affinity = entry.affinity.max(config.affinity);

@@ -313,7 +313,7 @@ impl<M: Maps> Programmer<M> {
                 true => full("SERVICES", self.sizes.services, "limits.services"),
                 false => kernel_error("SERVICES", &error),
             })?;
-            let old = self.served.insert(key, *new);
+            let old = self.put_served(key, Some(*new));
             change.replaced.push(old);
             if let Some(old) = old.filter(|old| old.config.service != change.service) {
                 self.note_loss(old.config.service, &key);
@@ -523,10 +523,7 @@ impl<M: Maps> Programmer<M> {
             self.retired.configs.extend(old);
             return false;
         }
-        match old {
-            Some(old) => self.served.insert(key, old),
-            None => self.served.remove(&key),
-        };
+        self.put_served(key, old);
         self.retired.configs.push(new);
         true
     }

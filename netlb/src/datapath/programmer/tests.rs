@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
 
-use netlb_common::maps::{Backend, RangeKey};
+use netlb_common::maps::{Backend, NodePortKey, RangeKey, family};
 use proptest::prelude::*;
 
 use super::{
@@ -23,6 +23,7 @@ const ROOMY: Sizes = Sizes {
     addresses: 64,
     source_ranges: 64,
     affinities: 64,
+    node_ports: 64,
     filter_bits_log2: 15,
 };
 const ACTIVE: u8 = Backend::SERVING | Backend::ACCEPTING;
@@ -913,6 +914,7 @@ fn ten_thousand_services_load_and_change_quickly() {
         addresses: 17_408,
         source_ranges: 65_536,
         affinities: 65_536,
+        node_ports: 65_536,
         filter_bits_log2: 21,
     });
     bench.maps().watches = false;
@@ -1185,7 +1187,8 @@ fn each_policy_has_its_records_and_rings() {
     bench.serve(&[shop(|_| ())]);
     for frontend in [WEB, EXTERNAL, NODE_PORT] {
         let config = bench.config(frontend);
-        assert_eq!((config.flags, config.affinity), (0, 0), "{frontend}");
+        let flags = if frontend == NODE_PORT { Config::NODE } else { 0 };
+        assert_eq!((config.flags, config.affinity), (flags, 0), "{frontend}");
         assert_eq!(bench.hosts(&config), [1, 2].into());
         assert_eq!(bench.outside(frontend), None);
     }
@@ -1298,6 +1301,39 @@ fn node_ports_follow_the_addresses_of_the_node() {
     assert_eq!(bench.programmer.set_node(node(&["198.51.100.2"])).changed, 1);
     bench.assert_serves(&desired);
     assert_eq!(bench.apply(&desired).changed, 0);
+}
+
+#[test]
+fn the_programs_are_told_of_node_ports_while_they_are_served() {
+    let mut bench = Bench::at(node(&["198.51.100.1", "198.51.100.2"]));
+    let port = |protocol| NodePortKey::new(PortBe::new(30_080), protocol);
+    let ports = |backend: model::Backend| {
+        defined(if backend.address.is_ipv6() { "v6" } else { "v4" }, move |ports| {
+            ports.node_ports = vec![node_port("30080/tcp"), node_port("30080/udp")];
+            ports.backends = vec![backend];
+        })
+    };
+    let v6 = model::Backend { address: "[fd00::9]:8080".parse().unwrap(), ..placed(1, true) };
+    let (v4, v6) = (ports(placed(1, true)), ports(v6));
+    let told = |bench: &mut Bench| {
+        let ports = &bench.maps().node_ports;
+        [6, 17].map(|protocol| ports.get(&port(protocol)).copied().unwrap_or_default())
+    };
+    bench.serve(&[v4.clone()]);
+    assert_eq!(told(&mut bench), [family::V4; 2]);
+    assert_eq!(bench.programmer.node_ports(), BTreeSet::from([30_080]));
+    assert_ne!(bench.config(NODE_PORT).flags & Config::NODE, 0);
+    bench.programmer.set_node(node(&["198.51.100.1", "2001:db8::1"]));
+    bench.serve(&[v4, v6.clone()]);
+    assert_eq!(told(&mut bench), [family::V4 | family::V6; 2]);
+    bench = bench.restart();
+    assert_eq!(bench.programmer.node_ports(), BTreeSet::from([30_080]));
+    bench.programmer.set_node(node(&["198.51.100.1", "2001:db8::1"]));
+    bench.serve(&[v6]);
+    assert_eq!(told(&mut bench), [family::V6; 2]);
+    bench.programmer.set_node(node(&["198.51.100.1"]));
+    assert_eq!(told(&mut bench), [0; 2], "without an address of its family it is served nowhere");
+    assert_eq!((bench.maps().node_ports.len(), bench.programmer.node_ports().len()), (0, 0));
 }
 
 #[test]
