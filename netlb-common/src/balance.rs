@@ -51,6 +51,8 @@ pub trait Tables: Operations {
     fn address(&self, addr: Addr) -> u32;
     /// Whether an address is of the networks that are services' or nobody's.
     fn is_owned(&self, addr: Addr) -> bool;
+    /// The flows that a backend was ever given.
+    fn flows_of(&self, backend: u32) -> u64;
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
     fn random(&self) -> u32;

@@ -112,6 +112,10 @@ pub mod algorithm {
     pub const MAGLEV: u32 = 0;
     pub const RANDOM: u32 = 1;
     pub const ROUND_ROBIN: u32 = 2;
+    /// As Maglev, by the client's address alone.
+    pub const SOURCE_HASH: u32 = 3;
+    /// Of two backends drawn at random, the one with fewer flows for its weight.
+    pub const LEAST_CONN: u32 = 4;
 }
 
 /// Element of `RINGS`: slots of rings, each a member's index within its service.
@@ -143,7 +147,12 @@ pub struct Backend {
     pub flags: u8,
     /// Index in `SERVICE_STATS`.
     pub service: u32,
-    pub pad: [u64; 5],
+    /// What is added, wrapping, to the flows that it was ever given to have those that it has: for [`algorithm::LEAST_CONN`]. Counted
+    /// every other second.
+    pub base: u64,
+    pub weight: u32,
+    pub pad: u32,
+    pub pad2: [u64; 3],
 }
 
 impl Backend {

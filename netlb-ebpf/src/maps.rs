@@ -610,6 +610,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn flows_of(&self, backend: u32) -> u64 {
+        BACKEND_STATS.get(backend).map_or(0, |flows| flows.0.load())
+    }
+
+    #[inline(always)]
     fn turn(&self, service: u32) -> u64 {
         CURSORS.get(service).map_or(0, |cursor| cursor.0.add(1))
     }

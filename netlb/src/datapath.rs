@@ -68,6 +68,10 @@ pub trait Maps: Send {
     fn set_backend(&mut self, id: u32, backend: &Backend);
     /// Changes the flags of a record in use.
     fn set_backend_flags(&mut self, id: u32, flags: u8);
+    /// The same for its weight.
+    fn set_backend_weight(&mut self, id: u32, weight: u32);
+    /// The same for [`Backend::base`].
+    fn set_backend_base(&mut self, id: u32, base: u64);
 
     fn frontend(&self, id: u32) -> Frontend;
     fn set_frontend(&mut self, id: u32, frontend: &Frontend);

@@ -32,6 +32,7 @@ use netlb_common::{
 
 use self::{
     addresses::{Addresses, Range},
+    loads::Loads,
     node_ports::NodePorts,
     plan::{Held, Plan, Pool, Pools, base, outside},
     regions::Regions,
@@ -52,6 +53,7 @@ mod adopt;
 mod change;
 mod clock;
 mod flows;
+mod loads;
 #[cfg(test)]
 mod memory;
 mod node_ports;
@@ -109,6 +111,7 @@ pub struct Programmer<M: Maps> {
     freed: u64,
     /// The bucket at which the sweep goes on.
     swept: u32,
+    loads: Loads,
 }
 
 /// A service with a number.
@@ -148,6 +151,7 @@ struct Endpoint {
     service: u32,
     /// Of a backend.
     flags: u8,
+    weight: u16,
 }
 
 /// An entry of `SERVICES` and the record it names.
@@ -217,6 +221,7 @@ impl<M: Maps> Programmer<M> {
             round: 0,
             freed: 0,
             swept: 0,
+            loads: Loads::default(),
         };
         programmer.adopt()?;
         Ok(programmer)
@@ -613,6 +618,12 @@ impl<M: Maps> Programmer<M> {
         let frontend = || entry.frontends.keys().filter_map(frontend_of).min();
         let name = || frontend().map_or_else(|| format!("#{index}"), |frontend| frontend.to_string());
         entry.name.clone().unwrap_or_else(name)
+    }
+
+    fn set_weight(&mut self, id: u32, weight: u16) {
+        let Some(backend) = self.backends.get_mut(id).filter(|backend| backend.weight != weight) else { return };
+        backend.weight = weight;
+        self.maps.set_backend_weight(id, weight.into());
     }
 
     fn add_filter_bit(&mut self, key: &EndpointKey, kind: filter::Kind) {

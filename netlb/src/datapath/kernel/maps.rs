@@ -229,6 +229,18 @@ impl Maps for KernelMaps {
         self.flags(id).store(flags, Ordering::SeqCst);
     }
 
+    fn set_backend_weight(&mut self, id: u32, weight: u32) {
+        let field = self.backends.field(id, offset_of!(Backend, weight));
+        // SAFETY: inside of the mapping, and all access is atomic.
+        unsafe { AtomicU32::from_ptr(field) }.store(weight, Ordering::Relaxed);
+    }
+
+    fn set_backend_base(&mut self, id: u32, base: u64) {
+        let field = self.backends.field(id, offset_of!(Backend, base));
+        // SAFETY: as above.
+        unsafe { AtomicU64::from_ptr(field) }.store(base, Ordering::Relaxed);
+    }
+
     fn frontend(&self, id: u32) -> Frontend {
         self.frontends.read(id)
     }

@@ -383,6 +383,16 @@ impl Maps for MemoryMaps {
         self.backends[id as usize].flags = flags;
     }
 
+    fn set_backend_weight(&mut self, id: u32, weight: u32) {
+        assert_ne!(self.backends[id as usize].protocol, 0);
+        self.backends[id as usize].weight = weight;
+    }
+
+    fn set_backend_base(&mut self, id: u32, base: u64) {
+        assert_ne!(self.backends[id as usize].protocol, 0);
+        self.backends[id as usize].base = base;
+    }
+
     fn frontend(&self, id: u32) -> Frontend {
         self.frontends[id as usize]
     }

@@ -843,6 +843,44 @@ fn a_backend_for_two_protocols_is_one_in_the_counters() {
 }
 
 #[test]
+fn live_flows_are_counted_for_those_that_go_by_them() {
+    let mut bench = Bench::new();
+    let with = |algorithm| [with_algorithm("web", &[WEB], &["10.244.0.1:8080*3", "10.244.0.2:8080"], algorithm)];
+    bench.serve(&with(Algorithm::Random));
+    let ids = [A, B].map(|backend| bench.backend("web", backend));
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id).weight), [3, 1]);
+    let live = |bench: &Bench| {
+        ids.map(|id| bench.programmer.maps.backend_flows(id).wrapping_add(bench.programmer.maps.backend(id).base))
+    };
+    let all = |bench: &Bench| ids.map(|id| bench.programmer.maps.backend_flows(id));
+    (0..20).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    assert_eq!(all(&bench).iter().sum::<u64>(), 20);
+    bench.clock.advance(TIMEOUT + 1);
+    bench.tick(2);
+    assert_eq!(live(&bench), all(&bench), "nobody asks");
+    bench.serve(&with(Algorithm::LeastConn));
+    bench.tick(2);
+    assert_eq!(live(&bench), [0, 0], "all are over");
+    let before = all(&bench);
+    (100..110).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    let new = [0, 1].map(|n| all(&bench)[n] - before[n]);
+    assert_eq!((live(&bench), new.iter().sum()), (new, 10), "those that begin count at once");
+    bench.tick(2);
+    assert_eq!(live(&bench), new);
+    bench.programmer.flush_flows(&FlowFilter::default());
+    bench.tick(1);
+    assert_eq!(live(&bench), new, "not looked at in every second");
+    bench.tick(1);
+    assert_eq!(live(&bench), [0, 0]);
+    // A weight that changes is followed, and the number of a backend that goes is as new to the next one.
+    bench.serve(&[with_algorithm("web", &[WEB], &["10.244.0.1:8080*2", "10.244.0.2:8080"], Algorithm::LeastConn)]);
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id).weight), [2, 1]);
+    bench.serve(&[]);
+    bench.rest();
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id)), [Backend::default(); 2]);
+}
+
+#[test]
 fn flushed_flows_are_gone_in_both_directions() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A, B]), service("dns", &[DNS], &["10.244.0.2:53"])]);
@@ -990,7 +1028,7 @@ const FRONTENDS: [&str; 6] =
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let backend = (1..6_u8, prop_oneof![Just(""), Just("*2"), Just("*7"), Just(" draining")]);
     let backends = prop::collection::btree_map(backend.0, backend.1, 0..5);
-    let algorithm = prop_oneof![Just(Algorithm::Maglev), Just(Algorithm::Random), Just(Algorithm::RoundRobin)];
+    let algorithm = proptest::sample::select(&Algorithm::ALL[..]);
     let snat = prop_oneof![4 => Just(SnatMode::Auto), 1 => Just(SnatMode::Always), 1 => Just(SnatMode::Never)];
     // Each frontend goes to one of the services, or to none.
     let owners = prop::collection::vec(0..5_usize, FRONTENDS.len());
