@@ -53,6 +53,8 @@ pub trait Tables: Operations {
     fn is_owned(&self, addr: Addr) -> bool;
     /// Whether what goes from one address to another gets an address of the node as its source where it leaves.
     fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool;
+    /// The flows that a backend was ever given.
+    fn flows_of(&self, backend: u32) -> u64;
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
     fn random(&self) -> u32;

@@ -63,6 +63,7 @@ counters! {
     EchoAnswered "echo_answered" "echo requests to services answered",
     AffinityFull "affinity_full" "new connections whose client does not keep its backend because too many clients do",
     FlowsMasqueraded "flows_masqueraded" "flows of pods to the world that were given an address of the node as their source",
+    BindsRefused "binds_refused" "calls of processes refused because they would have bound a node port that a service has",
 }
 
 impl Counter {

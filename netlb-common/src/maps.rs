@@ -103,6 +103,8 @@ impl Config {
     pub const DROP: u32 = 1 << 6;
     /// All members are on this node: see [`Backend::LOCAL`].
     pub const LOCAL: u32 = 1 << 7;
+    /// The address is the node's, with a node port or a published one: the node's processes leave the port alone.
+    pub const NODE: u32 = 1 << 8;
 }
 
 /// How a backend is chosen, as [`Config::algorithm`] says it.
@@ -110,6 +112,10 @@ pub mod algorithm {
     pub const MAGLEV: u32 = 0;
     pub const RANDOM: u32 = 1;
     pub const ROUND_ROBIN: u32 = 2;
+    /// As Maglev, by the client's address alone.
+    pub const SOURCE_HASH: u32 = 3;
+    /// Of two backends drawn at random, the one with fewer flows for its weight.
+    pub const LEAST_CONN: u32 = 4;
 }
 
 /// Element of `RINGS`: slots of rings, each a member's index within its service.
@@ -141,7 +147,12 @@ pub struct Backend {
     pub flags: u8,
     /// Index in `SERVICE_STATS`.
     pub service: u32,
-    pub pad: [u64; 5],
+    /// What is added, wrapping, to the flows that it was ever given to have those that it has: for [`algorithm::LEAST_CONN`]. Counted
+    /// every other second.
+    pub base: u64,
+    pub weight: u32,
+    pub pad: u32,
+    pub pad2: [u64; 3],
 }
 
 impl Backend {
@@ -257,6 +268,30 @@ pub mod address {
     pub const SERVICE: u32 = 1;
     /// The node itself has it.
     pub const NODE: u32 = 2;
+}
+
+/// Key of `NODE_PORTS`: a port that is served at addresses of the node, whichever.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct NodePortKey {
+    pub port: PortBe,
+    /// IANA protocol number.
+    pub protocol: u8,
+    pub pad: u8,
+}
+
+impl NodePortKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(port: PortBe, protocol: u8) -> Self {
+        Self { port, protocol, pad: 0 }
+    }
+}
+
+/// Value of `NODE_PORTS`: of which families the addresses are.
+pub mod family {
+    pub const V4: u32 = 1;
+    pub const V6: u32 = 2;
 }
 
 /// Element of `SERVICE_STATS`, per CPU.
@@ -429,6 +464,7 @@ const _: () = {
     assert!(size_of::<Settings>() == 120 + 4 * size_of::<Networks>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
+    assert!(size_of::<NodePortKey>() == 4);
 };
 
 /// What user space puts into maps and constants as plain bytes.
@@ -452,6 +488,7 @@ mod pod {
         RangeKey,
         AffinityKey,
         Affinity,
+        NodePortKey,
         ServiceStats,
         Interface,
         SocketKey,

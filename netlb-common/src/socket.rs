@@ -8,7 +8,10 @@ use crate::{
     addr::{Addr, PortBe},
     balance::{self, OFFERS, Tables},
     counters::Counter,
-    maps::{Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, SocketKey},
+    maps::{
+        Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, NodePortKey, SocketKey, algorithm, family,
+    },
+    select,
     time::Ticks,
     wire::udp,
 };
@@ -51,7 +54,8 @@ pub struct Caller {
 #[inline(always)]
 fn policy(config: &Config, caller: &Caller) -> Option<Outcome> {
     // Which address the packets of a pod's socket will have is not known here: the packets' path looks at it.
-    if !caller.is_node && (config.flags & Config::RANGES != 0 || config.affinity != 0) {
+    let goes_by_client = config.affinity != 0 || config.algorithm == algorithm::SOURCE_HASH;
+    if !caller.is_node && (config.flags & Config::RANGES != 0 || goes_by_client) {
         return Some(Outcome::Untouched);
     }
     if config.flags & Config::RANGES != 0 && config.flags & Config::RANGES_HAVE_NODE == 0 {
@@ -147,7 +151,9 @@ fn choose<T: Tables>(
     let mut chosen =
         if config.affinity == 0 { 0 } else { balance::remembered(tables, config, Addr::default(), caller.now) };
     // By chance where it is not remembered: a hash of the same address would have all nodes choose the same.
-    let Some(first) = balance::first_member(tables, config, tables.random()) else { return Outcome::Nobody };
+    let hash =
+        if config.algorithm == algorithm::SOURCE_HASH { select::own_hash(tables.hash_key()) } else { tables.random() };
+    let Some(first) = balance::first_member(tables, config, hash) else { return Outcome::Nobody };
     for n in 0..OFFERS {
         if chosen != 0 {
             break;
@@ -183,6 +189,27 @@ pub fn peer(sockets: &impl Sockets, cookie: u64, addr: Addr, port: PortBe) -> Op
     sockets.get(&SocketKey::new(cookie, addr, port, SocketKey::BACKEND))
 }
 
+/// Whether a process of the node may bind a socket there: not where a node port is served, at that address or, for a wildcard, at any of
+/// its family. `families` says of which families a port is served at addresses of the node.
+///
+/// A program is not told whether an IPv6 socket takes IPv4 as well, so that `::` counts as both.
+#[inline(always)]
+pub fn may_bind<T: Tables>(tables: T, named: &EndpointKey, families: impl FnOnce(&NodePortKey) -> u32) -> bool {
+    const ANY_V4: Addr = Addr::from_v4([0; 4]);
+    const ANY: Addr = Addr([0; 2]);
+    let served = families(&NodePortKey::new(named.port, named.protocol));
+    if served == 0 {
+        return true;
+    }
+    if named.addr == ANY {
+        return false;
+    }
+    if named.addr == ANY_V4 {
+        return served & family::V4 == 0;
+    }
+    balance::in_force(&tables, named).is_none_or(|(_, config)| config.flags & Config::NODE == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -195,7 +222,7 @@ mod tests {
     use crate::{
         conntrack::State,
         flow::HashKey,
-        maps::{ConfigRef, Frontend, Owners, algorithm},
+        maps::{ConfigRef, Frontend, Owners},
         table::{Bucket, Operations, Place, Record, Storage},
     };
 
@@ -209,6 +236,10 @@ mod tests {
         reference: ConfigRef,
         backends: Vec<Backend>,
         random: u32,
+        /// Random numbers are the lowest and the highest in turns.
+        alternates: bool,
+        key: HashKey,
+        flows: [u64; 4],
         turn: Cell<u64>,
         sockets: RefCell<HashMap<SocketKey, Counterpart>>,
         counted: RefCell<Vec<u32>>,
@@ -249,6 +280,9 @@ mod tests {
                 reference: ConfigRef::new(0, 9),
                 backends: (0..4).map(backend).collect(),
                 random: 0,
+                alternates: false,
+                key: HashKey::new([1, 2, 3, 4]),
+                flows: [0; 4],
                 turn: Cell::new(0),
                 sockets: RefCell::default(),
                 counted: RefCell::default(),
@@ -319,7 +353,7 @@ mod tests {
 
     impl Tables for &Node {
         fn hash_key(&self) -> HashKey {
-            unreachable!()
+            self.key
         }
 
         fn filter_bits_log2(&self) -> u32 {
@@ -401,17 +435,42 @@ mod tests {
             unreachable!()
         }
 
+        fn flows_of(&self, backend: u32) -> u64 {
+            self.flows[backend as usize]
+        }
+
         fn turn(&self, _: u32) -> u64 {
             self.turn.replace(self.turn.get() + 1)
         }
 
         fn random(&self) -> u32 {
-            self.random
+            if self.alternates { self.turn.replace(self.turn.get() + 1) as u32 % 2 * u32::MAX } else { self.random }
         }
 
         fn count(&self, _: Counter) {}
 
         fn count_flow(&self, _: u32, _: u32) {}
+    }
+
+    #[test]
+    fn node_ports_are_not_bound() {
+        let mut node = Node::new(TCP);
+        node.config.flags = Config::NODE;
+        let named = service(TCP);
+        let may = |node: &Node, addr, port, served| {
+            let key = EndpointKey::new(addr, PortBe::new(port), TCP);
+            let families = |key: &NodePortKey| if *key == NodePortKey::new(named.port, TCP) { served } else { 0 };
+            may_bind(node, &key, families)
+        };
+        let (any_v4, any) = (Addr::from_v4([0; 4]), Addr::default());
+        let any_v6_of = |served| may(&node, any, 53, served);
+        assert!(!any_v6_of(family::V4) && !any_v6_of(family::V6) && any_v6_of(0));
+        assert!(!may(&node, any_v4, 53, family::V4) && may(&node, any_v4, 53, family::V6));
+        assert!(may(&node, any_v4, 54, family::V4), "another port");
+        assert!(!may(&node, named.addr, 53, family::V4));
+        assert!(may(&node, addr(9), 53, family::V4), "an address it is not served at");
+        node.config.flags = 0;
+        assert!(may(&node, named.addr, 53, family::V4), "served, but not as an address of the node");
     }
 
     #[test]
@@ -439,6 +498,48 @@ mod tests {
         assert_eq!([(); 4].map(|()| first(algorithm::ROUND_ROBIN)), [Some(0), Some(1), Some(2), Some(0)]);
         node.config.ring_len = 0;
         assert_eq!(balance::first_member(&node, &node.config, 0), None);
+    }
+
+    #[test]
+    fn of_two_members_the_less_busy_one_is_first() {
+        let mut node = Node::new(TCP);
+        node.config.algorithm = algorithm::LEAST_CONN;
+        node.alternates = true;
+        // Members 0 and 2 are drawn, which are backends 1 and 3.
+        let first = |node: &Node| {
+            node.turn.set(0);
+            balance::first_member(node, &node.config, 0)
+        };
+        assert_eq!(first(&node), Some(0), "as busy");
+        node.flows = [0, 5, 0, 4];
+        assert_eq!(first(&node), Some(2));
+        node.backends[1].weight = 2;
+        assert_eq!(first(&node), Some(0), "it is to have twice as many");
+        node.backends[3].base = 2_u64.wrapping_neg();
+        assert_eq!(first(&node), Some(2), "some of its flows ended");
+        node.config.affinity = 100;
+        assert_eq!(first(&node), Some(0), "clients that keep their backends go by their address");
+        node.config.affinity = 0;
+        node.turn.set(0);
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 3));
+    }
+
+    #[test]
+    fn by_source_hash_the_node_is_one_client() {
+        let mut node = Node::new(TCP);
+        node.config.algorithm = algorithm::SOURCE_HASH;
+        let (_, chosen) = node.connect(&service(TCP));
+        for random in [1 << 30, u32::MAX] {
+            node.random = random;
+            assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, chosen));
+        }
+        let keys = (0..50).map(|n| {
+            node.key = HashKey::new([n, n + 1, n * 7, n << 40]);
+            node.connect(&service(TCP)).1
+        });
+        assert_eq!(keys.collect::<std::collections::HashSet<_>>().len(), 3, "not every node takes the same");
+        node.caller.is_node = false;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Untouched, 0), "the packets say which client it is");
     }
 
     #[test]

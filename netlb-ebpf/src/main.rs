@@ -21,8 +21,8 @@ mod tc;
 mod xdp;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier, xdp},
-    programs::{SockAddrContext, TcContext, XdpContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, SockContext, TcContext, XdpContext},
 };
 use frame::{Skb, Xdp};
 use netlb_common::addr::{Ipv4Be, Ipv6Be};
@@ -91,6 +91,17 @@ pub(crate) fn netlb_getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn netlb_getpeername6(ctx: SockAddrContext) -> i32 {
     socket::show_peer::<Ipv6Be>(&ctx)
+}
+
+/// A process has bound a socket to an address.
+#[cgroup_sock(post_bind4)]
+pub(crate) fn netlb_post_bind4(ctx: SockContext) -> i32 {
+    socket::bind::<Ipv4Be>(&ctx)
+}
+
+#[cgroup_sock(post_bind6)]
+pub(crate) fn netlb_post_bind6(ctx: SockContext) -> i32 {
+    socket::bind::<Ipv6Be>(&ctx)
 }
 
 /// Never reached: the build refuses an object that can panic.

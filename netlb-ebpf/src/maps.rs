@@ -21,7 +21,7 @@ use netlb_common::{
     limit::Limit,
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
-        Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
+        Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
     network::{Network, Networks},
     snat::{self, Ports, Source},
@@ -77,6 +77,8 @@ static ADDRESSES: HashMap<Addr, u32, 1, NO_PREALLOC> = HashMap::new();
 static SOURCE_RANGES: LpmTrie<RangeKey, u32, 1> = LpmTrie::new();
 #[btf_map]
 static AFFINITY: HashMap<AffinityKey, Affinity, 1, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static NODE_PORTS: HashMap<NodePortKey, u32, 1, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static FRAGMENTS: LruHashMap<u64, First, { fragment::DATAGRAMS as usize }> = LruHashMap::new();
 #[btf_map]
@@ -335,6 +337,13 @@ fn has(networks: *const Networks, addr: Addr) -> bool {
         }
     }
     false
+}
+
+/// Of which families a port is served at addresses of the node, as `netlb_common::maps::family` says it.
+#[inline(always)]
+pub(crate) fn node_port_families(key: &NodePortKey) -> u32 {
+    // SAFETY: copied at once.
+    unsafe { NODE_PORTS.get(key) }.copied().unwrap_or(0)
 }
 
 /// Whether services answer echo requests.
@@ -620,6 +629,11 @@ impl Tables for Kernel {
     #[inline(always)]
     fn snat_ports(&self) -> Ports {
         Ports { first: setting!(snat_ports.first), more: setting!(snat_ports.more) }
+    }
+
+    #[inline(always)]
+    fn flows_of(&self, backend: u32) -> u64 {
+        BACKEND_STATS.get(backend).map_or(0, |flows| flows.0.load())
     }
 
     #[inline(always)]

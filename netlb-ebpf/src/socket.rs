@@ -6,9 +6,9 @@ use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_sock_addr,
+    bindings::{bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, generated::bpf_set_retval},
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
 use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
@@ -24,6 +24,7 @@ use crate::maps::{self, Kernel, Sockets};
 const ALLOW: i32 = 1;
 /// The call fails, with EPERM if no other error was chosen. Calls that only ask cannot be refused.
 const REFUSE: i32 = 0;
+const EADDRINUSE: i32 = 98;
 const ECONNREFUSED: i32 = 111;
 
 /// The fields of a family's address. Volatile, and each as a whole: the verifier knows no parts and no copies of the context.
@@ -65,6 +66,56 @@ impl SocketAddress for Ipv6Be {
             write_volatile(words.add(1), addr.0[1]);
         }
     }
+}
+
+/// The address that a socket of a family is bound to.
+pub(crate) trait BoundAddress {
+    fn bound(sock: *const bpf_sock) -> Addr;
+}
+
+impl BoundAddress for Ipv4Be {
+    #[inline(always)]
+    fn bound(sock: *const bpf_sock) -> Addr {
+        // SAFETY: the context is valid for the program's run.
+        Self(unsafe { read_volatile(&raw const (*sock).src_ip4) }).to_map()
+    }
+}
+
+impl BoundAddress for Ipv6Be {
+    #[inline(always)]
+    fn bound(sock: *const bpf_sock) -> Addr {
+        // SAFETY: as above. This field may be read by four bytes only.
+        let word = |n: usize| unsafe { read_volatile((&raw const (*sock).src_ip6).cast::<u32>().add(n)) }.to_ne_bytes();
+        let half = |[a, b, c, d]: [u8; 4], [e, f, g, h]: [u8; 4]| u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+        Addr([half(word(0), word(1)), half(word(2), word(3))])
+    }
+}
+
+/// A process has bound a socket, which is taken back where it is in a service's way.
+#[inline(always)]
+pub(crate) fn bind<A: BoundAddress>(ctx: &SockContext) -> i32 {
+    // SAFETY: the context is valid.
+    let (protocol, port) =
+        unsafe { (read_volatile(&raw const (*ctx.sock).protocol), read_volatile(&raw const (*ctx.sock).src_port)) };
+    if protocol != tcp::PROTOCOL as u32 && protocol != udp::PROTOCOL as u32 {
+        return ALLOW;
+    }
+    // Node ports are the node's, whichever processes reach services.
+    // SAFETY: as above.
+    let namespace = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    if namespace != maps::node_namespace() {
+        return ALLOW;
+    }
+    let named = EndpointKey::new(A::bound(ctx.sock), PortBe::new(port as u16), protocol as u8);
+    if socket::may_bind(Kernel, &named, maps::node_port_families) {
+        return ALLOW;
+    }
+    maps::count_call(Counter::BindsRefused);
+    if maps::chooses_errors() {
+        // SAFETY: the helper takes a number.
+        unsafe { bpf_set_retval(-EADDRINUSE) };
+    }
+    REFUSE
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@
 //! later. Only then does the socket open.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
@@ -69,7 +69,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let runtime = Runtime::new().context("cannot start the runtime")?;
     // Loading may want to watch descriptors.
     let entered = runtime.enter();
-    let dataplane = open_dataplane(&config, &options.bpffs)?;
+    let dataplane = open_dataplane(&config, &options)?;
     drop(entered);
     let desired = DesiredState::new(Vec::new(), stored);
     let daemon = Daemon { file, config, socket, store, desired, dataplane };
@@ -80,8 +80,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// The one place where the kind of data plane is chosen.
-fn open_dataplane(config: &Config, bpffs: &Path) -> anyhow::Result<Box<dyn Dataplane>> {
-    Ok(Box::new(Datapath::open(config, bpffs)?))
+fn open_dataplane(config: &Config, options: &Options) -> anyhow::Result<Box<dyn Dataplane>> {
+    Ok(Box::new(Datapath::open(config, &options.bpffs, &options.state_dir)?))
 }
 
 /// All that a running daemon needs.

@@ -10,7 +10,7 @@ use std::{
 
 use netlb_common::{
     addr::Addr,
-    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey},
     table,
 };
 
@@ -20,6 +20,7 @@ pub use self::programmer::Programmer;
 
 pub mod kernel;
 mod programmer;
+pub(crate) mod reserved;
 
 /// How many records each map has room for. Index 0 of backends, frontends and services is never used: it means none.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -39,6 +40,7 @@ pub struct Sizes {
     pub addresses: u32,
     pub source_ranges: u32,
     pub affinities: u32,
+    pub node_ports: u32,
     pub filter_bits_log2: u32,
 }
 
@@ -66,6 +68,10 @@ pub trait Maps: Send {
     fn set_backend(&mut self, id: u32, backend: &Backend);
     /// Changes the flags of a record in use.
     fn set_backend_flags(&mut self, id: u32, flags: u8);
+    /// The same for its weight.
+    fn set_backend_weight(&mut self, id: u32, weight: u32);
+    /// The same for [`Backend::base`].
+    fn set_backend_base(&mut self, id: u32, base: u64);
 
     fn frontend(&self, id: u32) -> Frontend;
     fn set_frontend(&mut self, id: u32, frontend: &Frontend);
@@ -80,6 +86,11 @@ pub trait Maps: Send {
     fn addresses(&self) -> io::Result<Vec<(Addr, u32)>>;
     fn set_address(&mut self, addr: &Addr, flags: u32) -> io::Result<()>;
     fn remove_address(&mut self, addr: &Addr) -> io::Result<()>;
+
+    /// Everything in `NODE_PORTS`.
+    fn node_ports(&self) -> io::Result<Vec<(NodePortKey, u32)>>;
+    fn set_node_port(&mut self, key: &NodePortKey, families: u32) -> io::Result<()>;
+    fn remove_node_port(&mut self, key: &NodePortKey) -> io::Result<()>;
 
     /// Everything in `SOURCE_RANGES`, with the bits of each key that count.
     fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>>;

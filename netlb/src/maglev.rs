@@ -75,8 +75,10 @@ impl Members {
     pub(crate) fn ring(&self, algorithm: Algorithm) -> Vec<u16> {
         match algorithm {
             _ if self.0.is_empty() => Vec::new(),
-            Algorithm::Maglev => self.maglev(),
-            Algorithm::Random | Algorithm::RoundRobin => turns(&self.quotas(self.units().min(SIZES[4].into()) as u32)),
+            Algorithm::Maglev | Algorithm::SourceHash => self.maglev(),
+            Algorithm::Random | Algorithm::RoundRobin | Algorithm::LeastConn => {
+                turns(&self.quotas(self.units().min(SIZES[4].into()) as u32))
+            }
         }
     }
 
@@ -400,7 +402,7 @@ mod tests {
         #[test]
         fn shares_are_within_a_slot_of_exact(backends in backends()) {
             let total: f64 = backends.iter().map(|backend| f64::from(backend.weight.get())).sum();
-            for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
+            for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin, Algorithm::LeastConn] {
                 let shares = shares(&backends, algorithm);
                 let slots = shares.values().sum::<usize>() as f64;
                 let small = |backend: &&Backend| f64::from(backend.weight.get()) * slots / total < 1.0;
@@ -418,7 +420,7 @@ mod tests {
         fn the_order_of_the_backends_does_not_matter(backends in backends(), seed: u64) {
             let mut shuffled = backends.clone();
             shuffled.sort_by_key(|backend| mix(seed ^ u64::from(Walk::new(backend.address, SIZES[4]).at)));
-            for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
+            for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin, Algorithm::LeastConn] {
                 prop_assert_eq!(slots(&backends, algorithm), slots(&shuffled, algorithm));
             }
         }

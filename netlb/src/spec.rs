@@ -67,7 +67,7 @@ pub struct ServiceSpec {
     #[serde(default)]
     #[schema(value_type = Vec<BackendEntry>)]
     pub backends: Vec<BackendSpec>,
-    /// How a backend is chosen for a new flow: `maglev`, `random` or `round-robin`
+    /// How a backend is chosen for a new flow: `maglev`, `random`, `round-robin`, `source-hash` or `least-conn`
     #[serde(default)]
     #[schema(value_type = String, example = "maglev")]
     pub algorithm: Algorithm,

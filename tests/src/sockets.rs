@@ -48,6 +48,11 @@ impl Client {
         Ok(self.tell(&format!("connect {} {to}", protocol.name()))?.map(drop))
     }
 
+    /// Binds a socket of its own, for a moment.
+    pub fn bind(&mut self, protocol: Protocol, at: SocketAddr) -> Result<Result<(), Errno>> {
+        Ok(self.tell(&format!("bind {} {at}", protocol.name()))?.map(drop))
+    }
+
     /// Whom the socket is connected to.
     pub fn peer(&mut self) -> Result<SocketAddr> {
         Ok(self.tell("peer")??.parse()?)

@@ -16,7 +16,7 @@ const PORTS: std::ops::Range<u16> = 40_000..40_050;
 #[test]
 fn flows_stay_on_their_backends_when_the_set_changes() -> TestResult {
     let mut lab = Lab::fast()?;
-    for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
+    for algorithm in Algorithm::ALL {
         for case in CASES {
             lab.begin([case.weighted(&[(1, 1), (2, 1), (3, 1)], algorithm)]);
             let before = begin_flows(&lab, case);
@@ -336,7 +336,7 @@ fn packets_keep_a_flow_alive_in_both_directions() -> TestResult {
 #[test]
 fn a_lost_forward_slot_is_rebuilt_by_the_clients_next_packet() -> TestResult {
     let mut lab = Lab::fast()?;
-    for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
+    for algorithm in Algorithm::ALL {
         for family in Family::BOTH {
             let case = Case::tcp(family);
             lab.begin([case.weighted(&(1..=20).map(|host| (host, 1)).collect::<Vec<_>>(), algorithm)]);

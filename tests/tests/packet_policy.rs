@@ -227,7 +227,7 @@ fn a_backend_that_is_this_node_sees_the_client() -> TestResult {
 fn a_client_keeps_its_backend_whatever_its_ports_and_frontends() -> TestResult {
     let mut lab = Lab::fast()?;
     for case in CASES {
-        for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin] {
+        for algorithm in Algorithm::ALL {
             let hosts = [1, 2, 3, 4, 5];
             lab.begin([case.weighted(&hosts.map(|host| (host, 1)), algorithm)]);
             lab.configure(case, case.vip(80), |config| config.affinity = 100);

@@ -1,15 +1,17 @@
 //! How new flows are shared out among backends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::time::SystemTime;
 
+use netlb::dataplane::FlowFilter;
 use netlb::model::Algorithm;
 use netlb_common::counters::Counter;
 use netlb_integration::lab::{CASES, Case, Lab};
 use netlb_integration::testing::TestResult;
 
 const FLOWS: u16 = 4_000;
-const ALGORITHMS: [Algorithm; 3] = [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin];
+const ALGORITHMS: [Algorithm; 4] = [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin, Algorithm::LeastConn];
 
 #[test]
 fn weights_decide_the_shares() -> TestResult {
@@ -45,6 +47,55 @@ fn rounds_are_even() -> TestResult {
         let counts = shares(&lab, case);
         let (least, most) = (counts.values().min().unwrap(), counts.values().max().unwrap());
         assert!(most - least <= 40, "{case}: {counts:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn new_flows_go_to_the_less_busy_backend() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for case in CASES {
+        let service = |backends: &[(u8, u64)]| case.weighted(backends, Algorithm::LeastConn);
+        let begin = |lab: &Lab, clients: std::ops::Range<u16>| {
+            let mut counts = BTreeMap::<_, u32>::new();
+            for port in clients {
+                *counts.entry(lab.backend_of(&case.packet(case.client(port), case.vip(80)))).or_default() += 1;
+            }
+            [1, 2].map(|host| counts.get(&case.backend(host)).copied().unwrap_or_default())
+        };
+        lab.begin([service(&[(1, 1)])]);
+        assert_eq!(begin(&lab, 1000..2000), [1000, 0], "{case}");
+        lab.serve([service(&[(1, 1), (2, 1)])]);
+        lab.harness.programmer_mut().tick(SystemTime::now());
+        // Three of four, since one in four draws the first backend twice. By chance it would be half of them.
+        let [_, second] = begin(&lab, 2000..2400);
+        assert!((250..350).contains(&second), "{case}: {second} of 400");
+        // What counts is who has flows now, not who had them.
+        lab.harness.programmer_mut().flush_flows(&FlowFilter::default());
+        lab.age(3);
+        lab.harness.programmer_mut().tick(SystemTime::now());
+        let [first, second] = begin(&lab, 3000..3400);
+        assert!(first.abs_diff(second) < 40, "{case}: {first} and {second}");
+    }
+    Ok(())
+}
+
+#[test]
+fn by_source_hash_a_client_has_one_backend() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for case in CASES {
+        lab.begin([case.weighted(&[1, 2, 3, 4, 5].map(|host| (host, 1)), Algorithm::SourceHash)]);
+        let mut seen = BTreeSet::new();
+        for host in 1..=40 {
+            let of = |port| {
+                let client = SocketAddr::new(case.host(1, host), port);
+                lab.backend_of(&case.packet(client, case.vip(80)))
+            };
+            let backend = of(40_000);
+            assert!((40_001..40_010).all(|port| of(port) == backend), "{case}, {host}");
+            seen.insert(backend);
+        }
+        assert_eq!(seen.len(), 5, "{case}: {seen:?}");
     }
     Ok(())
 }

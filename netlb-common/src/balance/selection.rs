@@ -14,9 +14,9 @@ use crate::{
     time::Ticks,
 };
 
-/// Backends that a segment in mid-connection is looked for at, beginning with the one the ring names: with Maglev that is nearly always
+/// Backends that a segment in mid-connection is looked for at, beginning with the one the ring names: with a hash that is nearly always
 /// the one, otherwise it may be any.
-const SEARCHED_MAGLEV: u32 = 8;
+const SEARCHED_HASHED: u32 = 8;
 const SEARCHED: u32 = 64;
 
 /// The service of a packet the flow table says nothing of, and whom its flow is offered to first. One word: what a subprogram returns.
@@ -175,6 +175,8 @@ pub fn select<A: Family, T: Tables>(
         }
     } else if config.algorithm == algorithm::MAGLEV {
         hash = select::hash(tuple);
+    } else if config.algorithm == algorithm::SOURCE_HASH {
+        hash = select::client_hash(tuple.source);
     }
     let first = if config.ring_len == 0 { Some(0) } else { first_member(tables, config, hash) };
     let Some(first) = first else { return Selection::NOBODY };
@@ -186,8 +188,9 @@ pub fn select<A: Family, T: Tables>(
             let data = tables.probe(tables.hash_key().fingerprint(&twin), lookup.now);
             data != Data::NONE && data.direction() == Direction::Reply && data.id() == config.frontend
         };
-        let is_near = config.algorithm == algorithm::MAGLEV && config.affinity == 0 && config.ring_len != 0;
-        let most = if is_near { SEARCHED_MAGLEV } else { SEARCHED };
+        let is_hashed = matches!(config.algorithm, algorithm::MAGLEV | algorithm::SOURCE_HASH);
+        let is_near = is_hashed && config.affinity == 0 && config.ring_len != 0;
+        let most = if is_near { SEARCHED_HASHED } else { SEARCHED };
         for n in 0..SEARCHED {
             if n >= most || n >= config.members_len {
                 break;
@@ -217,8 +220,8 @@ pub(crate) fn in_force<'a>(tables: &'a impl Tables, key: &EndpointKey) -> Option
     Some((reference.index(), config))
 }
 
-/// The member that a new flow is offered to first; none where no backend takes any. `hash` is what Maglev goes by, and every service whose
-/// clients keep their backends.
+/// The member that a new flow is offered to first; none where no backend takes any. `hash` is what Maglev goes by, and
+/// `source-hash`, and every service whose clients keep their backends.
 #[inline(always)]
 pub(crate) fn first_member(tables: impl Tables, config: &Config, hash: u32) -> Option<u32> {
     if config.ring_len == 0 {
@@ -226,10 +229,28 @@ pub(crate) fn first_member(tables: impl Tables, config: &Config, hash: u32) -> O
     }
     let slot = match config.algorithm {
         algorithm::RANDOM if config.affinity == 0 => select::slot(tables.random(), config.ring_len),
+        algorithm::LEAST_CONN if config.affinity == 0 => return less_busy(tables, config),
         algorithm::ROUND_ROBIN if config.affinity == 0 => select::turn(tables.turn(config.service), config.ring_len),
         _ => select::slot(hash, config.ring_len),
     };
     tables.ring(config.ring.wrapping_add(slot)).map(u32::from)
+}
+
+/// Of two members drawn at random, by the shares of the ring, the one with fewer flows for its weight: that is nearly as even as asking
+/// all of them, and clients that begin at the same moment do not all go to the same one.
+#[inline(always)]
+fn less_busy(tables: impl Tables, config: &Config) -> Option<u32> {
+    let draw = || {
+        let slot = select::slot(tables.random(), config.ring_len);
+        tables.ring(config.ring.wrapping_add(slot)).map(u32::from)
+    };
+    let load = |member| {
+        let id = member_id(tables, config, member)?;
+        let Backend { base, weight, .. } = tables.backend(id)?;
+        Some(select::Load::new(tables.flows_of(id), *base, *weight))
+    };
+    let (first, second) = (draw()?, draw()?);
+    if first != second && load(first)?.is_more_than(load(second)?) { Some(second) } else { Some(first) }
 }
 
 /// The id of a service's member; they are counted round and round.

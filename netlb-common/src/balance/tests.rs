@@ -231,6 +231,10 @@ impl Tables for &Node {
         None
     }
 
+    fn flows_of(&self, _: u32) -> u64 {
+        0
+    }
+
     fn turn(&self, _: u32) -> u64 {
         self.turn.replace(self.turn.get() + 1)
     }
@@ -339,7 +343,7 @@ fn a_client_keeps_its_backend_until_that_is_of_no_use() {
     let other = ring_id % 3 + 1;
     let other_addr = node.backends[other as usize].addr;
     let set = |node: &Node, id, time| node.affinity.borrow_mut().insert(key, Affinity::new(id, Ticks(time)));
-    for algorithm in [algorithm::MAGLEV, algorithm::RANDOM, algorithm::ROUND_ROBIN] {
+    for algorithm in [algorithm::MAGLEV, algorithm::RANDOM, algorithm::ROUND_ROBIN, algorithm::LEAST_CONN] {
         node.configs[0].algorithm = algorithm;
         set(&node, other, NOW.0 - 100);
         assert_eq!(next(&node), other_addr);

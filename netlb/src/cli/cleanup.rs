@@ -13,7 +13,7 @@ use super::output::Output;
 use crate::{
     config::Api,
     daemon::{DEFAULT_BPFFS, DEFAULT_STATE_DIR, lock::Locks, preflight, socket},
-    datapath::kernel,
+    datapath::{kernel, reserved::Reserved},
     exit::{ExitCode, Failure},
     store::Store,
 };
@@ -51,10 +51,15 @@ impl Cleanup {
         if *state {
             files.extend(Store::files(state_dir));
         }
-        if pins.is_empty() && files.is_empty() {
+        let mut reserved = Reserved::open(state_dir);
+        let ports = reserved.own();
+        if pins.is_empty() && files.is_empty() && ports.is_empty() {
             return out.say("nothing to remove");
         }
         if *dry_run {
+            if !ports.is_empty() {
+                out.say(&format!("would end the reservation of port {ports}"))?;
+            }
             return pins.iter().chain(&files).try_for_each(|path| out.say(&format!("would remove {}", path.display())));
         }
         if !yes && !confirmed(pins.len() + files.len(), err)? {
@@ -65,6 +70,10 @@ impl Cleanup {
             kernel::detach_all(bpffs)?;
         }
         remove_pins(bpffs)?;
+        reserved.clear().context("cannot end the reservation of ports")?;
+        if !ports.is_empty() {
+            out.say(&format!("ended the reservation of port {ports}"))?;
+        }
         let mut removed = pins;
         for file in files {
             fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;

@@ -174,6 +174,10 @@ enum AlgorithmArg {
     Maglev,
     Random,
     RoundRobin,
+    /// The same by the client's address alone
+    SourceHash,
+    /// Of two backends drawn at random, the one with fewer connections for its weight
+    LeastConn,
 }
 
 impl From<AlgorithmArg> for Algorithm {
@@ -182,6 +186,8 @@ impl From<AlgorithmArg> for Algorithm {
             AlgorithmArg::Maglev => Self::Maglev,
             AlgorithmArg::Random => Self::Random,
             AlgorithmArg::RoundRobin => Self::RoundRobin,
+            AlgorithmArg::SourceHash => Self::SourceHash,
+            AlgorithmArg::LeastConn => Self::LeastConn,
         }
     }
 }

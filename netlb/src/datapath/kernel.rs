@@ -20,7 +20,7 @@ use self::{
     pins::Pins,
     sockets::Sockets,
 };
-use super::Programmer;
+use super::{Programmer, reserved::Reserved};
 use crate::{
     config::{Config, Forwarding, LogLevel, Node, NodePortAddresses, SocketScope, Xdp},
     dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats, Touched},
@@ -46,12 +46,18 @@ pub mod testing;
 
 pub(crate) use self::links::detach_all;
 
+/// How often the list of reserved ports is looked at.
+const RESERVE_AGAIN: Duration = Duration::from_secs(60);
+
 /// The data plane, loaded.
 pub struct Datapath {
     programmer: Programmer<KernelMaps>,
     site: Site,
     interfaces: Interfaces,
     sockets: Sockets,
+    reserved: Reserved,
+    /// What [`Programmer::node_port_changes`] was when the ports were reserved, and when that was.
+    reserved_at: Option<(u64, Instant)>,
     counts: Counts,
     memory: Memory,
     forwarding: Forwarding,
@@ -117,9 +123,9 @@ struct Start {
 
 impl Datapath {
     /// Loads the programs and finds the interfaces. Packets do not go through them before the first apply.
-    pub fn open(config: &Config, bpffs: &Path) -> anyhow::Result<Self> {
+    pub fn open(config: &Config, bpffs: &Path, state_dir: &Path) -> anyhow::Result<Self> {
         let pins = Pins::new(bpffs);
-        Self::open_in(&pins, config).inspect_err(|_| {
+        Self::open_in(&pins, config, state_dir).inspect_err(|_| {
             // Pins would hold on to a lot of memory until the next start.
             if let Err(error) = pins.abandon_maps() {
                 tracing::warn!("cannot remove the new maps: {error}");
@@ -127,7 +133,7 @@ impl Datapath {
         })
     }
 
-    fn open_in(pins: &Pins, config: &Config) -> anyhow::Result<Self> {
+    fn open_in(pins: &Pins, config: &Config, state_dir: &Path) -> anyhow::Result<Self> {
         let began = Instant::now();
         let options = Options {
             object: load::OBJECT,
@@ -163,6 +169,8 @@ impl Datapath {
             site,
             interfaces,
             sockets,
+            reserved: Reserved::open(state_dir),
+            reserved_at: None,
             counts,
             memory: loaded.memory,
             forwarding: config.node.forwarding,
@@ -186,6 +194,24 @@ impl Datapath {
             self.warn(format!("cannot remove the maps that were replaced: {error}"));
         }
         self.load_time = began.elapsed();
+    }
+
+    /// What is to be done after services have changed.
+    fn follow(&mut self, report: ApplyReport) -> ApplyReport {
+        if report.changed > 0 {
+            self.sockets.check_connected();
+        }
+        self.reserve_ports();
+        report
+    }
+
+    /// Keeps the kernel from giving node ports away, once in a while also where it was told before: others write that list, too.
+    fn reserve_ports(&mut self) {
+        let changes = self.programmer.node_port_changes();
+        if self.reserved_at.is_none_or(|(known, at)| known != changes || at.elapsed() >= RESERVE_AGAIN) {
+            self.reserved.set(&self.programmer.node_ports());
+            self.reserved_at = Some((changes, Instant::now()));
+        }
     }
 
     fn warn(&mut self, warning: String) {
@@ -214,18 +240,15 @@ impl Dataplane for Datapath {
         let report = self.programmer.apply(desired);
         if let Some(start) = self.start.take() {
             self.finish_start(start);
-        } else if report.changed > 0 {
-            self.sockets.check_connected();
+            self.reserve_ports();
+            return report;
         }
-        report
+        self.follow(report)
     }
 
     fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
         let report = self.programmer.apply_touched(touched);
-        if report.changed > 0 {
-            self.sockets.check_connected();
-        }
-        report
+        self.follow(report)
     }
 
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
@@ -250,6 +273,7 @@ impl Dataplane for Datapath {
         let mut warnings = self.warnings.clone();
         warnings.extend(interfaces.warnings);
         warnings.extend(self.sockets.warnings());
+        warnings.extend(self.reserved.problem().cloned());
         if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
             warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
             if self.programmer.serves_ipv6() {
@@ -275,10 +299,7 @@ impl Dataplane for Datapath {
     fn tick(&mut self, now: SystemTime) -> ApplyReport {
         self.programmer.tick(now);
         let report = self.programmer.set_node(self.site.node(&self.interfaces.status().facts));
-        if report.changed > 0 {
-            self.sockets.check_connected();
-        }
-        report
+        self.follow(report)
     }
 }
 

@@ -32,6 +32,8 @@ use netlb_common::{
 
 use self::{
     addresses::{Addresses, Range},
+    loads::Loads,
+    node_ports::NodePorts,
     plan::{Held, Plan, Pool, Pools, base, outside},
     regions::Regions,
     release::{Resting, Retired, Waiting},
@@ -51,8 +53,10 @@ mod adopt;
 mod change;
 mod clock;
 mod flows;
+mod loads;
 #[cfg(test)]
 mod memory;
+mod node_ports;
 mod plan;
 mod regions;
 mod release;
@@ -82,6 +86,7 @@ pub struct Programmer<M: Maps> {
     /// Services that do without frontends which others hold.
     contested: BTreeSet<u32>,
     addresses: Addresses,
+    node_ports: NodePorts,
     /// Entries of `SOURCE_RANGES`.
     source_ranges: u32,
     /// Where the sweep of `AFFINITY` goes on; entries that it met, and all that it met the last time.
@@ -106,6 +111,7 @@ pub struct Programmer<M: Maps> {
     freed: u64,
     /// The bucket at which the sweep goes on.
     swept: u32,
+    loads: Loads,
 }
 
 /// A service with a number.
@@ -145,6 +151,7 @@ struct Endpoint {
     service: u32,
     /// Of a backend.
     flags: u8,
+    weight: u16,
 }
 
 /// An entry of `SERVICES` and the record it names.
@@ -195,6 +202,7 @@ impl<M: Maps> Programmer<M> {
             served: HashMap::new(),
             contested: BTreeSet::new(),
             addresses: Addresses::new(masquerades),
+            node_ports: NodePorts::default(),
             source_ranges: 0,
             swept_affinity: None,
             affinities: (0, 0),
@@ -213,6 +221,7 @@ impl<M: Maps> Programmer<M> {
             round: 0,
             freed: 0,
             swept: 0,
+            loads: Loads::default(),
         };
         programmer.adopt()?;
         Ok(programmer)
@@ -311,6 +320,7 @@ impl<M: Maps> Programmer<M> {
         }
         self.end_moves(&mut report);
         self.forget_addresses();
+        self.write_node_ports();
         for plan in &plans {
             let name = plan.service.name();
             if let Some(Held { frontend, by }) = plan.held.first()
@@ -391,6 +401,7 @@ impl<M: Maps> Programmer<M> {
             ("RINGS", table(self.rings.used(), self.rings.size())),
             ("MEMBERS", table(self.members.used(), self.members.size())),
             ("ADDRESSES", table(self.addresses.written.len() as u32, self.sizes.addresses)),
+            ("NODE_PORTS", table(self.node_ports.len(), self.sizes.node_ports)),
             ("SOURCE_RANGES", table(self.source_ranges, self.sizes.source_ranges)),
             ("AFFINITY", (self.affinities.1, self.sizes.affinities.into())),
             ("flows", self.flow_slots()),
@@ -557,7 +568,7 @@ impl<M: Maps> Programmer<M> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(kernel_error("SERVICES", &error)),
             _ => {}
         }
-        self.served.remove(&key);
+        self.put_served(key, None);
         self.freed += 1;
         self.retired.configs.push(served);
         Ok(())
@@ -607,6 +618,12 @@ impl<M: Maps> Programmer<M> {
         let frontend = || entry.frontends.keys().filter_map(frontend_of).min();
         let name = || frontend().map_or_else(|| format!("#{index}"), |frontend| frontend.to_string());
         entry.name.clone().unwrap_or_else(name)
+    }
+
+    fn set_weight(&mut self, id: u32, weight: u16) {
+        let Some(backend) = self.backends.get_mut(id).filter(|backend| backend.weight != weight) else { return };
+        backend.weight = weight;
+        self.maps.set_backend_weight(id, weight.into());
     }
 
     fn add_filter_bit(&mut self, key: &EndpointKey, kind: filter::Kind) {

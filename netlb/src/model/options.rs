@@ -13,6 +13,14 @@ pub enum Algorithm {
     Maglev,
     Random,
     RoundRobin,
+    /// Consistent hashing of the client's address alone.
+    SourceHash,
+    /// Of two backends drawn at random, the one with fewer flows for its weight.
+    LeastConn,
+}
+
+impl Algorithm {
+    pub const ALL: [Self; 5] = [Self::Maglev, Self::Random, Self::RoundRobin, Self::SourceHash, Self::LeastConn];
 }
 
 impl fmt::Display for Algorithm {
@@ -21,6 +29,8 @@ impl fmt::Display for Algorithm {
             Self::Maglev => "maglev",
             Self::Random => "random",
             Self::RoundRobin => "round-robin",
+            Self::SourceHash => "source-hash",
+            Self::LeastConn => "least-conn",
         })
     }
 }

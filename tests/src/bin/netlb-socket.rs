@@ -1,7 +1,7 @@
 //! Socket for tests: reads a command from each line, does it, and answers with `ok …` or `error ERRNO` on a line.
 
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -49,6 +49,8 @@ fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
             *socket = Some(Socket::Stream(stream));
         }
         (["connect", "udp", to], Some(Socket::Datagrams(socket))) => socket.connect(to.parse::<SocketAddr>()?)?,
+        (["bind", "tcp", at], _) => drop(TcpListener::bind(at.parse::<SocketAddr>()?)?),
+        (["bind", "udp", at], _) => drop(UdpSocket::bind(at.parse::<SocketAddr>()?)?),
         (["peer"], Some(Socket::Datagrams(socket))) => return Ok(socket.peer_addr()?.to_string()),
         (["peer"], Some(Socket::Stream(socket))) => return Ok(socket.peer_addr()?.to_string()),
         (["send", what], Some(Socket::Datagrams(socket))) => drop(socket.send(what.as_bytes())?),

@@ -12,7 +12,7 @@ use netlb_common::{
     hop::{self, Hop},
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
-        Meta, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
+        Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
     network::{Network, Networks},
     snat::{self, Ports, Source},
@@ -132,6 +132,8 @@ impl Layout {
             addresses: services + NODE_ADDRESSES,
             source_ranges: (SOURCE_RANGES * services).max(NODE_ADDRESSES),
             affinities: AFFINITIES,
+            // One at most for each frontend.
+            node_ports: services,
             filter_bits_log2: filter::bits_log2(addresses),
         };
         Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
@@ -158,7 +160,7 @@ impl Layout {
     pub(super) fn maps(&self) -> Vec<Spec> {
         use Kind::{Array, Hash, LruHash, MappedArray, PerCpuArray};
         let Sizes { services, configs, frontends, backends, owners, ring_slots, members, .. } = self.sizes;
-        let Sizes { addresses, source_ranges, affinities, .. } = self.sizes;
+        let Sizes { addresses, source_ranges, affinities, node_ports, .. } = self.sizes;
         vec![
             Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
             Spec::array::<Config>("CONFIGS", MappedArray, configs),
@@ -182,6 +184,7 @@ impl Layout {
             Spec::hash::<Addr, u32>("ADDRESSES", Hash, addresses),
             Spec::trie::<RangeKey, u32>("SOURCE_RANGES", source_ranges),
             Spec::hash::<AffinityKey, Affinity>("AFFINITY", Hash, affinities),
+            Spec::hash::<NodePortKey, u32>("NODE_PORTS", Hash, node_ports),
             Spec::hash::<u64, First>("FRAGMENTS", LruHash, fragment::DATAGRAMS),
             Spec::array::<Region>("HELD", Array, Region::COUNT),
             Spec::array::<HeldFrame>("HELD_FRAMES", Array, Region::COUNT * Region::PLACES),
@@ -295,6 +298,7 @@ mod tests {
                 ("ADDRESSES", 17_408),
                 ("SOURCE_RANGES", 65_536),
                 ("AFFINITY", 65_536),
+                ("NODE_PORTS", 16_384),
                 ("FRAGMENTS", 4096),
                 ("HELD", 4),
                 ("HELD_FRAMES", 256),

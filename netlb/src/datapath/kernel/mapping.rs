@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let mapping = Mapping::<Backend>::new(file(64 * 10).as_fd(), 10).unwrap();
-        let backend = Backend { flags: 3, service: 7, pad: [1, 2, 3, 4, 5], ..Backend::default() };
+        let backend = Backend { flags: 3, service: 7, base: 1, weight: 2, pad2: [3, 4, 5], ..Backend::default() };
         mapping.write(9, &backend);
         assert_eq!(mapping.read(9), backend);
         assert_eq!(mapping.read(8), Backend::default());

@@ -24,7 +24,8 @@ use netlb_common::{
     conntrack::State,
     filter,
     maps::{
-        Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey, ServiceStats, Tally,
+        Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey,
+        ServiceStats, Tally,
     },
     table::{Bucket, Place, Record, Storage},
 };
@@ -43,6 +44,7 @@ pub struct KernelMaps {
     /// The same map.
     owners_fd: OwnedFd,
     addresses: HashMap<MapData, Addr, u32>,
+    node_ports: HashMap<MapData, NodePortKey, u32>,
     source_ranges: LpmTrie<MapData, RangeKey, u32>,
     affinities: HashMap<MapData, AffinityKey, Affinity>,
     /// The same map.
@@ -139,6 +141,7 @@ impl KernelMaps {
             owners: take_hash(ebpf, "OWNERS")?,
             owners_fd,
             addresses: take_hash(ebpf, "ADDRESSES")?,
+            node_ports: take_hash(ebpf, "NODE_PORTS")?,
             source_ranges: LpmTrie::try_from(take(ebpf, "SOURCE_RANGES")?).map_err(io_error)?,
             affinities: take_hash(ebpf, "AFFINITY")?,
             affinities_fd,
@@ -226,6 +229,18 @@ impl Maps for KernelMaps {
         self.flags(id).store(flags, Ordering::SeqCst);
     }
 
+    fn set_backend_weight(&mut self, id: u32, weight: u32) {
+        let field = self.backends.field(id, offset_of!(Backend, weight));
+        // SAFETY: inside of the mapping, and all access is atomic.
+        unsafe { AtomicU32::from_ptr(field) }.store(weight, Ordering::Relaxed);
+    }
+
+    fn set_backend_base(&mut self, id: u32, base: u64) {
+        let field = self.backends.field(id, offset_of!(Backend, base));
+        // SAFETY: as above.
+        unsafe { AtomicU64::from_ptr(field) }.store(base, Ordering::Relaxed);
+    }
+
     fn frontend(&self, id: u32) -> Frontend {
         self.frontends.read(id)
     }
@@ -258,6 +273,18 @@ impl Maps for KernelMaps {
 
     fn remove_address(&mut self, addr: &Addr) -> io::Result<()> {
         super::pins::ignore_missing(self.addresses.remove(addr).map_err(io_error))
+    }
+
+    fn node_ports(&self) -> io::Result<Vec<(NodePortKey, u32)>> {
+        self.node_ports.iter().collect::<Result<_, _>>().map_err(io_error)
+    }
+
+    fn set_node_port(&mut self, key: &NodePortKey, families: u32) -> io::Result<()> {
+        self.node_ports.insert(key, families, 0).map_err(io_error)
+    }
+
+    fn remove_node_port(&mut self, key: &NodePortKey) -> io::Result<()> {
+        super::pins::ignore_missing(self.node_ports.remove(key).map_err(io_error))
     }
 
     fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>> {

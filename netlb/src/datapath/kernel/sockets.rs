@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use aya::{
     Ebpf,
-    programs::{CgroupSockAddr, ProgramType},
+    programs::{self, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
 use netlb_common::maps::SocketSettings;
@@ -41,7 +41,7 @@ struct Hook {
 }
 
 /// In the order they are attached in: what shows a process the service it named, and then what has to be shown.
-const HOOKS: [Hook; 8] = [
+const HOOKS: [Hook; 10] = [
     Hook { name: "recvmsg4", program: "netlb_recvmsg4", attach_type: 19 },
     Hook { name: "recvmsg6", program: "netlb_recvmsg6", attach_type: 20 },
     Hook { name: "getpeername4", program: "netlb_getpeername4", attach_type: 29 },
@@ -50,6 +50,8 @@ const HOOKS: [Hook; 8] = [
     Hook { name: "connect6", program: "netlb_connect6", attach_type: 11 },
     Hook { name: "sendmsg4", program: "netlb_sendmsg4", attach_type: 14 },
     Hook { name: "sendmsg6", program: "netlb_sendmsg6", attach_type: 15 },
+    Hook { name: "post_bind4", program: "netlb_post_bind4", attach_type: 12 },
+    Hook { name: "post_bind6", program: "netlb_post_bind6", attach_type: 13 },
 ];
 
 /// The constants of the programs.
@@ -94,8 +96,12 @@ pub(super) fn load(ebpf: &mut Ebpf) -> anyhow::Result<Programs> {
     for hook in HOOKS {
         let name = hook.program;
         let program = ebpf.program_mut(name).with_context(|| format!("there is no BPF program {name}"))?;
-        let program: &mut CgroupSockAddr = program.try_into()?;
-        program.load().map_err(|error| load::refused(name, error))?;
+        let loaded = match program {
+            programs::Program::CgroupSockAddr(program) => program.load(),
+            programs::Program::CgroupSock(program) => program.load(),
+            _ => bail!("BPF program {name} is of an unexpected kind"),
+        };
+        loaded.map_err(|error| load::refused(name, error))?;
         programs.push((hook, Program::of(program.fd()?, program.info()?.id())?));
     }
     Ok(Programs(programs))

@@ -30,6 +30,7 @@ impl<M: Maps> Programmer<M> {
         }
         self.adopt_owners()?;
         self.adopt_addresses()?;
+        self.adopt_node_ports()?;
         self.maps.write_filter(&self.filter.words(self.sizes.filter_bits_log2));
         Ok(())
     }
@@ -79,7 +80,7 @@ impl<M: Maps> Programmer<M> {
             }
         }
         self.configs.adopt(index, || ());
-        self.served.insert(key, Served { reference, config });
+        self.put_served(key, Some(Served { reference, config }));
         self.generation = self.generation.max(config.generation);
         let entry = self.adopted_service(service);
         entry.affinity = entry.affinity.max(config.affinity);
@@ -106,7 +107,7 @@ impl<M: Maps> Programmer<M> {
                 entry.frontends.entry(key).or_insert(id);
                 self.waiting.frontends.insert(id);
             }
-            self.frontends.adopt(id, || Endpoint { key, service: record.service, flags: 0 });
+            self.frontends.adopt(id, || Endpoint { key, service: record.service, flags: 0, weight: 0 });
             self.add_counted_bit(&key, filter::Kind::Frontend);
         }
         self.frontends.adopted();
@@ -120,7 +121,7 @@ impl<M: Maps> Programmer<M> {
         // Where one backend has two numbers, one of them was about to be given up.
         ids.sort_by_key(|id| (!in_force.contains(id), self.maps.backend(*id).flags == 0));
         for id in ids {
-            let Backend { addr, port, protocol, service, flags, .. } = self.maps.backend(id);
+            let Backend { addr, port, protocol, service, flags, weight, .. } = self.maps.backend(id);
             if !(1..self.sizes.frontends).contains(&service) {
                 continue;
             }
@@ -129,7 +130,7 @@ impl<M: Maps> Programmer<M> {
             if *entry.backends.entry(key).or_insert(id) != id || flags == 0 {
                 self.waiting.backends.insert(id);
             }
-            self.backends.adopt(id, || Endpoint { key, service, flags });
+            self.backends.adopt(id, || Endpoint { key, service, flags, weight: weight as u16 });
             self.add_counted_bit(&key, filter::Kind::Backend);
         }
         self.backends.adopted();

@@ -94,7 +94,8 @@ impl<M: Maps> Programmer<M> {
         }
         for protocol in plan.protocols() {
             for (backend, flags) in backends.iter().zip(flags) {
-                self.write_backend(change, endpoint_key(backend.address, protocol), *flags)?;
+                let weight = backend.weight.get();
+                self.write_backend(change, endpoint_key(backend.address, protocol), *flags, weight)?;
             }
         }
         for pool in &pools.all {
@@ -141,7 +142,7 @@ impl<M: Maps> Programmer<M> {
             return Ok(());
         }
         let full = full("FRONTENDS", self.frontends.size(), "limits.services");
-        let id = self.frontends.insert(Endpoint { key, service: change.service, flags: 0 }).ok_or(full)?;
+        let id = self.frontends.insert(Endpoint { key, service: change.service, flags: 0, weight: 0 }).ok_or(full)?;
         entry.frontends.insert(key, id);
         change.frontends.push(id);
         let same_protocol = entry.backends.keys().filter(|backend| backend.protocol == key.protocol);
@@ -152,7 +153,13 @@ impl<M: Maps> Programmer<M> {
         Ok(())
     }
 
-    fn write_backend(&mut self, change: &mut Change, key: EndpointKey, flags: u8) -> Result<(), ApplyError> {
+    fn write_backend(
+        &mut self,
+        change: &mut Change,
+        key: EndpointKey,
+        flags: u8,
+        weight: u16,
+    ) -> Result<(), ApplyError> {
         let Some(entry) = self.services.get_mut(change.service) else { return Ok(()) };
         if let Some(id) = entry.backends.get(&key).copied() {
             let before = self.backends.get(id).map_or(0, |backend| backend.flags);
@@ -162,14 +169,15 @@ impl<M: Maps> Programmer<M> {
             return Ok(());
         }
         let full = full("BACKENDS", self.backends.size(), "limits.backends");
-        let id = self.backends.insert(Endpoint { key, service: change.service, flags }).ok_or(full)?;
+        let id = self.backends.insert(Endpoint { key, service: change.service, flags, weight }).ok_or(full)?;
         entry.backends.insert(key, id);
         change.backends.push(id);
         let same_protocol = entry.frontends.iter().filter(|(frontend, _)| frontend.protocol == key.protocol);
         change.owners.extend(same_protocol.map(|(_, frontend)| (key, *frontend)));
         let EndpointKey { addr, port, protocol, .. } = key;
         let service = change.service;
-        self.maps.set_backend(id, &Backend { addr, port, protocol, flags, service, ..Backend::default() });
+        let weight = weight.into();
+        self.maps.set_backend(id, &Backend { addr, port, protocol, flags, service, weight, ..Backend::default() });
         self.add_filter_bit(&key, Kind::Backend);
         Ok(())
     }
@@ -237,6 +245,8 @@ impl<M: Maps> Programmer<M> {
                 Algorithm::Maglev => algorithm::MAGLEV,
                 Algorithm::Random => algorithm::RANDOM,
                 Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
+                Algorithm::SourceHash => algorithm::SOURCE_HASH,
+                Algorithm::LeastConn => algorithm::LEAST_CONN,
             },
             flags: plan.config_flags(frontend, rule, &key),
             affinity: plan.affinity(),
@@ -313,7 +323,7 @@ impl<M: Maps> Programmer<M> {
                 true => full("SERVICES", self.sizes.services, "limits.services"),
                 false => kernel_error("SERVICES", &error),
             })?;
-            let old = self.served.insert(key, *new);
+            let old = self.put_served(key, Some(*new));
             change.replaced.push(old);
             if let Some(old) = old.filter(|old| old.config.service != change.service) {
                 self.note_loss(old.config.service, &key);
@@ -360,6 +370,7 @@ impl<M: Maps> Programmer<M> {
                 let id = self.services.get(index).and_then(|entry| entry.backends.get(&key)).copied();
                 if let Some(id) = id {
                     changed |= self.set_flags(id, flags | self.flags(id) & kept);
+                    self.set_weight(id, backend.weight.get());
                     self.waiting.backends.remove(&id);
                 }
             }
@@ -523,10 +534,7 @@ impl<M: Maps> Programmer<M> {
             self.retired.configs.extend(old);
             return false;
         }
-        match old {
-            Some(old) => self.served.insert(key, old),
-            None => self.served.remove(&key),
-        };
+        self.put_served(key, old);
         self.retired.configs.push(new);
         true
     }

@@ -215,7 +215,7 @@ impl<M: Maps> Programmer<M> {
     }
 }
 
-fn slots(storage: &dyn Storage) -> impl Iterator<Item = (Place, &Slot)> {
+pub(super) fn slots(storage: &dyn Storage) -> impl Iterator<Item = (Place, &Slot)> {
     let buckets = (0..=storage.mask()).filter_map(|index| Some((index, storage.bucket(index)?)));
     buckets.flat_map(|(index, bucket)| {
         bucket.slots.iter().enumerate().map(move |(number, slot)| (Place::new(index, number), slot))

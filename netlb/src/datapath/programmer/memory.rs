@@ -14,7 +14,7 @@ use netlb_common::{
     conntrack::{Direction, Segment, State},
     filter::Kind,
     flow::Fingerprint,
-    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, RangeKey},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey},
     snat::Snat,
     table::{self, Bucket, Data, Flow, New, Operations, Place, Record, SLOTS, Storage, is_live},
     time::Ticks,
@@ -70,6 +70,7 @@ pub(super) struct MemoryMaps {
     frontends: Vec<Frontend>,
     pub(super) owners: HashMap<EndpointKey, Owners>,
     pub(super) addresses: HashMap<Addr, u32>,
+    pub(super) node_ports: HashMap<NodePortKey, u32>,
     pub(super) ranges: HashSet<(u32, RangeKey)>,
     pub(super) affinities: Vec<(AffinityKey, Affinity)>,
     rings: Vec<u16>,
@@ -146,6 +147,7 @@ impl MemoryMaps {
             frontends: vec![Frontend::default(); len(sizes.frontends)],
             owners: HashMap::new(),
             addresses: HashMap::new(),
+            node_ports: HashMap::new(),
             ranges: HashSet::new(),
             affinities: Vec::new(),
             rings: vec![0; len(sizes.ring_slots)],
@@ -381,6 +383,16 @@ impl Maps for MemoryMaps {
         self.backends[id as usize].flags = flags;
     }
 
+    fn set_backend_weight(&mut self, id: u32, weight: u32) {
+        assert_ne!(self.backends[id as usize].protocol, 0);
+        self.backends[id as usize].weight = weight;
+    }
+
+    fn set_backend_base(&mut self, id: u32, base: u64) {
+        assert_ne!(self.backends[id as usize].protocol, 0);
+        self.backends[id as usize].base = base;
+    }
+
     fn frontend(&self, id: u32) -> Frontend {
         self.frontends[id as usize]
     }
@@ -432,6 +444,22 @@ impl Maps for MemoryMaps {
     fn remove_address(&mut self, addr: &Addr) -> io::Result<()> {
         self.note(Op::RemoveAddress(*addr));
         self.addresses.remove(addr).map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn node_ports(&self) -> io::Result<Vec<(NodePortKey, u32)>> {
+        Ok(self.node_ports.iter().map(|(key, families)| (*key, *families)).collect())
+    }
+
+    fn set_node_port(&mut self, key: &NodePortKey, families: u32) -> io::Result<()> {
+        if !self.node_ports.contains_key(key) && self.node_ports.len() == self.sizes.node_ports as usize {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        self.node_ports.insert(*key, families);
+        Ok(())
+    }
+
+    fn remove_node_port(&mut self, key: &NodePortKey) -> io::Result<()> {
+        self.node_ports.remove(key).map(drop).ok_or(io::ErrorKind::NotFound.into())
     }
 
     fn source_ranges(&self) -> io::Result<Vec<(u32, RangeKey)>> {

@@ -124,6 +124,7 @@ impl<'a> Plan<'a> {
         if frontend.kind == Kind::LoadBalancer && !self.service.definition().source_ranges.is_empty() {
             flags |= Config::RANGES | if_so(self.resolved.ranges_have_node, Config::RANGES_HAVE_NODE);
         }
+        flags |= if_so(frontend.kind == Kind::Node, Config::NODE);
         flags | if_so(self.resolved.drops(rule.set), Config::DROP) | if_so(rule.set == Set::Local, Config::LOCAL)
     }
 

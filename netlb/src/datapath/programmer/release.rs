@@ -72,6 +72,7 @@ impl<M: Maps> Programmer<M> {
     pub fn tick(&mut self, _now: SystemTime) {
         self.sweep();
         self.sweep_affinity();
+        self.count_loads();
         self.rest();
         if !self.waiting.is_empty() && (self.clock)().0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
             self.scan();

@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
 
-use netlb_common::maps::{Backend, RangeKey};
+use netlb_common::maps::{Backend, NodePortKey, RangeKey, family};
 use proptest::prelude::*;
 
 use super::{
@@ -23,6 +23,7 @@ const ROOMY: Sizes = Sizes {
     addresses: 64,
     source_ranges: 64,
     affinities: 64,
+    node_ports: 64,
     filter_bits_log2: 15,
 };
 const ACTIVE: u8 = Backend::SERVING | Backend::ACCEPTING;
@@ -842,6 +843,44 @@ fn a_backend_for_two_protocols_is_one_in_the_counters() {
 }
 
 #[test]
+fn live_flows_are_counted_for_those_that_go_by_them() {
+    let mut bench = Bench::new();
+    let with = |algorithm| [with_algorithm("web", &[WEB], &["10.244.0.1:8080*3", "10.244.0.2:8080"], algorithm)];
+    bench.serve(&with(Algorithm::Random));
+    let ids = [A, B].map(|backend| bench.backend("web", backend));
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id).weight), [3, 1]);
+    let live = |bench: &Bench| {
+        ids.map(|id| bench.programmer.maps.backend_flows(id).wrapping_add(bench.programmer.maps.backend(id).base))
+    };
+    let all = |bench: &Bench| ids.map(|id| bench.programmer.maps.backend_flows(id));
+    (0..20).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    assert_eq!(all(&bench).iter().sum::<u64>(), 20);
+    bench.clock.advance(TIMEOUT + 1);
+    bench.tick(2);
+    assert_eq!(live(&bench), all(&bench), "nobody asks");
+    bench.serve(&with(Algorithm::LeastConn));
+    bench.tick(2);
+    assert_eq!(live(&bench), [0, 0], "all are over");
+    let before = all(&bench);
+    (100..110).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    let new = [0, 1].map(|n| all(&bench)[n] - before[n]);
+    assert_eq!((live(&bench), new.iter().sum()), (new, 10), "those that begin count at once");
+    bench.tick(2);
+    assert_eq!(live(&bench), new);
+    bench.programmer.flush_flows(&FlowFilter::default());
+    bench.tick(1);
+    assert_eq!(live(&bench), new, "not looked at in every second");
+    bench.tick(1);
+    assert_eq!(live(&bench), [0, 0]);
+    // A weight that changes is followed, and the number of a backend that goes is as new to the next one.
+    bench.serve(&[with_algorithm("web", &[WEB], &["10.244.0.1:8080*2", "10.244.0.2:8080"], Algorithm::LeastConn)]);
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id).weight), [2, 1]);
+    bench.serve(&[]);
+    bench.rest();
+    assert_eq!(ids.map(|id| bench.programmer.maps.backend(id)), [Backend::default(); 2]);
+}
+
+#[test]
 fn flushed_flows_are_gone_in_both_directions() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A, B]), service("dns", &[DNS], &["10.244.0.2:53"])]);
@@ -913,6 +952,7 @@ fn ten_thousand_services_load_and_change_quickly() {
         addresses: 17_408,
         source_ranges: 65_536,
         affinities: 65_536,
+        node_ports: 65_536,
         filter_bits_log2: 21,
     });
     bench.maps().watches = false;
@@ -988,7 +1028,7 @@ const FRONTENDS: [&str; 6] =
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let backend = (1..6_u8, prop_oneof![Just(""), Just("*2"), Just("*7"), Just(" draining")]);
     let backends = prop::collection::btree_map(backend.0, backend.1, 0..5);
-    let algorithm = prop_oneof![Just(Algorithm::Maglev), Just(Algorithm::Random), Just(Algorithm::RoundRobin)];
+    let algorithm = proptest::sample::select(&Algorithm::ALL[..]);
     let snat = prop_oneof![4 => Just(SnatMode::Auto), 1 => Just(SnatMode::Always), 1 => Just(SnatMode::Never)];
     // Each frontend goes to one of the services, or to none.
     let owners = prop::collection::vec(0..5_usize, FRONTENDS.len());
@@ -1185,7 +1225,8 @@ fn each_policy_has_its_records_and_rings() {
     bench.serve(&[shop(|_| ())]);
     for frontend in [WEB, EXTERNAL, NODE_PORT] {
         let config = bench.config(frontend);
-        assert_eq!((config.flags, config.affinity), (0, 0), "{frontend}");
+        let flags = if frontend == NODE_PORT { Config::NODE } else { 0 };
+        assert_eq!((config.flags, config.affinity), (flags, 0), "{frontend}");
         assert_eq!(bench.hosts(&config), [1, 2].into());
         assert_eq!(bench.outside(frontend), None);
     }
@@ -1298,6 +1339,39 @@ fn node_ports_follow_the_addresses_of_the_node() {
     assert_eq!(bench.programmer.set_node(node(&["198.51.100.2"])).changed, 1);
     bench.assert_serves(&desired);
     assert_eq!(bench.apply(&desired).changed, 0);
+}
+
+#[test]
+fn the_programs_are_told_of_node_ports_while_they_are_served() {
+    let mut bench = Bench::at(node(&["198.51.100.1", "198.51.100.2"]));
+    let port = |protocol| NodePortKey::new(PortBe::new(30_080), protocol);
+    let ports = |backend: model::Backend| {
+        defined(if backend.address.is_ipv6() { "v6" } else { "v4" }, move |ports| {
+            ports.node_ports = vec![node_port("30080/tcp"), node_port("30080/udp")];
+            ports.backends = vec![backend];
+        })
+    };
+    let v6 = model::Backend { address: "[fd00::9]:8080".parse().unwrap(), ..placed(1, true) };
+    let (v4, v6) = (ports(placed(1, true)), ports(v6));
+    let told = |bench: &mut Bench| {
+        let ports = &bench.maps().node_ports;
+        [6, 17].map(|protocol| ports.get(&port(protocol)).copied().unwrap_or_default())
+    };
+    bench.serve(&[v4.clone()]);
+    assert_eq!(told(&mut bench), [family::V4; 2]);
+    assert_eq!(bench.programmer.node_ports(), BTreeSet::from([30_080]));
+    assert_ne!(bench.config(NODE_PORT).flags & Config::NODE, 0);
+    bench.programmer.set_node(node(&["198.51.100.1", "2001:db8::1"]));
+    bench.serve(&[v4, v6.clone()]);
+    assert_eq!(told(&mut bench), [family::V4 | family::V6; 2]);
+    bench = bench.restart();
+    assert_eq!(bench.programmer.node_ports(), BTreeSet::from([30_080]));
+    bench.programmer.set_node(node(&["198.51.100.1", "2001:db8::1"]));
+    bench.serve(&[v6]);
+    assert_eq!(told(&mut bench), [family::V6; 2]);
+    bench.programmer.set_node(node(&["198.51.100.1"]));
+    assert_eq!(told(&mut bench), [0; 2], "without an address of its family it is served nowhere");
+    assert_eq!((bench.maps().node_ports.len(), bench.programmer.node_ports().len()), (0, 0));
 }
 
 #[test]
