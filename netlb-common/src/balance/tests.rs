@@ -477,7 +477,7 @@ fn a_masqueraded_flow_is_translated_where_it_leaves_and_where_replies_come_in() 
     // A packet of a service's flow, which was to keep its source.
     let mut other = packet(SYN);
     other.tuple.source_port = PortBe::new(40_001);
-    let fingerprint = node.hash_key().fingerprint(&other.tuple.reversed());
+    let fingerprint = (&node).hash_key().fingerprint(&other.tuple.reversed());
     let flow = Flow {
         twin: fingerprint,
         client: other.tuple.source.to_map(),

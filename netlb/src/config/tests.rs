@@ -24,7 +24,7 @@ fn masquerading_names_networks_of_both_families() {
     assert_eq!(config.needs_restart(&Config::default()), ["[masquerade]"]);
     let error = refused("[masquerade]\npod_cidrs = [\"10.244.0.0/33\"]\n");
     assert!(error.starts_with("netlb.toml:2:14: ") && error.contains("`10.244.0.0/33` is not a network"), "{error}");
-    let many = vec!["\"10.0.0.0/8\""; 9].join(", ");
+    let many = ["\"10.0.0.0/8\""; 9].join(", ");
     let error = refused(&format!("[masquerade]\nexclude = [{many}]\n"));
     assert!(error.contains("9 networks are too many; the most is 8"), "{error}");
 }

@@ -853,7 +853,7 @@ fn live_flows_are_counted_for_those_that_go_by_them() {
         ids.map(|id| bench.programmer.maps.backend_flows(id).wrapping_add(bench.programmer.maps.backend(id).base))
     };
     let all = |bench: &Bench| ids.map(|id| bench.programmer.maps.backend_flows(id));
-    (0..20).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    (0..20).for_each(|client| assert!(bench.begin_flow(WEB, client).is_some()));
     assert_eq!(all(&bench).iter().sum::<u64>(), 20);
     bench.clock.advance(TIMEOUT + 1);
     bench.tick(2);
@@ -862,7 +862,7 @@ fn live_flows_are_counted_for_those_that_go_by_them() {
     bench.tick(2);
     assert_eq!(live(&bench), [0, 0], "all are over");
     let before = all(&bench);
-    (100..110).for_each(|client| drop(bench.begin_flow(WEB, client)));
+    (100..110).for_each(|client| assert!(bench.begin_flow(WEB, client).is_some()));
     let new = [0, 1].map(|n| all(&bench)[n] - before[n]);
     assert_eq!((live(&bench), new.iter().sum()), (new, 10), "those that begin count at once");
     bench.tick(2);
@@ -1357,7 +1357,7 @@ fn the_programs_are_told_of_node_ports_while_they_are_served() {
         let ports = &bench.maps().node_ports;
         [6, 17].map(|protocol| ports.get(&port(protocol)).copied().unwrap_or_default())
     };
-    bench.serve(&[v4.clone()]);
+    bench.serve(std::slice::from_ref(&v4));
     assert_eq!(told(&mut bench), [family::V4; 2]);
     assert_eq!(bench.programmer.node_ports(), BTreeSet::from([30_080]));
     assert_ne!(bench.config(NODE_PORT).flags & Config::NODE, 0);
