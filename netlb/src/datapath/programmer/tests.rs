@@ -1237,7 +1237,9 @@ fn each_policy_has_its_records_and_rings() {
     assert_eq!(bench.serve(&[local()]), 1);
     for frontend in [EXTERNAL, NODE_PORT] {
         let (inside, outside) = (bench.config(frontend), bench.outside(frontend).unwrap());
-        assert_eq!((inside.flags, outside.flags), (Config::OUTSIDE, Config::SNAT_NEVER | Config::LOCAL), "{frontend}");
+        let node = if frontend == NODE_PORT { Config::NODE } else { 0 };
+        let outside_flags = node | Config::SNAT_NEVER | Config::LOCAL;
+        assert_eq!((inside.flags, outside.flags), (node | Config::OUTSIDE, outside_flags), "{frontend}");
         assert_eq!((bench.hosts(&inside), bench.hosts(&outside)), ([1, 2].into(), [1].into()));
         assert_eq!(inside.frontend, outside.frontend);
     }
