@@ -32,6 +32,12 @@ where
     let work = maps::work::<A>()?;
     let verdict = match A::read_ping(frame, work, scope) {
         Known::Translate => Verdict::Translate,
+        // There is not stack enough below the reading.
+        Known::Tend => {
+            // SAFETY: as below.
+            A::tend(unsafe { &*maps::forget(work) });
+            Verdict::Translate
+        }
         // SAFETY: this CPU's, and it was filled in.
         Known::No if scope == Scope::Replies => frame.masquerade(unsafe { &mut *maps::forget(work) }),
         _ => Verdict::Pass,
@@ -64,10 +70,6 @@ pub(crate) fn read<A: Packet>(frame: &Skb, work: &mut Work<A>, scope: Scope) -> 
         Known::Translate | Known::Tend if is_reply && work.packet.ttl <= 1 => {
             maps::count(Counter::TtlExpired);
             Known::Elsewhere
-        }
-        Known::Tend => {
-            A::tend(work);
-            Known::Translate
         }
         known => known,
     }

@@ -580,9 +580,11 @@ const fn verdict(number: u32) -> Verdict {
 #[inline(always)]
 const fn known(number: u32) -> Known {
     const TRANSLATE: u32 = Known::Translate as u32;
+    const TEND: u32 = Known::Tend as u32;
     const NO: u32 = Known::No as u32;
     match number {
         TRANSLATE => Known::Translate,
+        TEND => Known::Tend,
         NO => Known::No,
         _ => Known::Elsewhere,
     }
