@@ -26,7 +26,7 @@ struct Bed {
 
 impl Bed {
     fn start(scope: &str) -> Result<Self> {
-        let bed = Plan::new(Layout::Ptp).build()?;
+        let bed = Plan::new(Layout::Ptp).with_outside_client().build()?;
         let pod = bed.pod(Host::A, "backend")?;
         let cgroup = Cgroup::new("bind")?;
         bed.node_a().ns.sysctl("net/ipv4/ip_local_reserved_ports", "9000,30090-30092")?;
@@ -61,7 +61,7 @@ impl Bed {
 
 /// Ways to name the node.
 fn places() -> Result<Vec<IpAddr>> {
-    let mut places = vec![Host::A.pod_address(Family::V4, 1)];
+    let mut places = Vec::from(Family::BOTH.map(|family| Host::A.underlay_address(family)));
     for ip in ["0.0.0.0", "::", "::ffff:0.0.0.0", "127.0.0.1", "::1", "::ffff:127.0.0.1"] {
         places.push(ip.parse()?);
     }

@@ -16,7 +16,7 @@ const PORTS: std::ops::Range<u16> = 40_000..40_050;
 #[test]
 fn flows_stay_on_their_backends_when_the_set_changes() -> TestResult {
     let mut lab = Lab::fast()?;
-    for algorithm in Algorithm::ALL {
+    for algorithm in [Algorithm::Maglev, Algorithm::Random, Algorithm::RoundRobin, Algorithm::LeastConn] {
         for case in CASES {
             lab.begin([case.weighted(&[(1, 1), (2, 1), (3, 1)], algorithm)]);
             let before = begin_flows(&lab, case);

@@ -98,6 +98,9 @@ impl<M: Maps> Programmer<M> {
                 self.write_backend(change, endpoint_key(backend.address, protocol), *flags, weight)?;
             }
         }
+        if plan.service.algorithm() == Algorithm::LeastConn {
+            self.begin_load(change.service);
+        }
         for pool in &pools.all {
             let ring = if pool.ring.is_empty() { None } else { Some(self.write_ring(&pool.ring)?) };
             change.rings.push(ring);

@@ -15,7 +15,7 @@ use super::{flows::slots, *};
 /// Seconds between two passes.
 const PAUSE: u64 = 2;
 /// A pass takes no more than one in so many parts of the time.
-const SHARE: u32 = 20;
+const SHARE: u64 = 20;
 
 /// When the flows were counted.
 #[derive(Debug, Default)]
@@ -26,6 +26,23 @@ pub(super) struct Loads {
 }
 
 impl<M: Maps> Programmer<M> {
+    /// A service is to go by the flows that its backends have. Until they are counted, which is soon, it begins with none.
+    pub(super) fn begin_load(&mut self, service: u32) {
+        let Some(entry) = self.services.get(service) else { return };
+        let goes_by_load = |key| {
+            self.served.get(key).is_some_and(|served| {
+                served.config.service == service && served.config.algorithm == algorithm::LEAST_CONN
+            })
+        };
+        if entry.frontends.keys().any(goes_by_load) {
+            return;
+        }
+        for id in entry.backends.values() {
+            self.maps.set_backend_base(*id, self.maps.backend_flows(*id).wrapping_neg());
+        }
+        self.loads.counted = None;
+    }
+
     /// Counts the flows of the backends of services that go by them, unless that was done just before.
     pub(super) fn count_loads(&mut self) {
         let now = (self.clock)();
@@ -61,8 +78,8 @@ impl<M: Maps> Programmer<M> {
             let live = counts[id as usize].unwrap_or_default();
             self.maps.set_backend_base(id, live.wrapping_sub(created));
         }
-        let took = start.elapsed().as_secs() as u32 * SHARE;
-        self.loads.pause = self.loads.pause.max(ticks_from_seconds(took.into()) as u32);
+        let rest = start.elapsed().as_millis() as u64 * SHARE / 1000;
+        self.loads.pause = self.loads.pause.max(ticks_from_seconds(rest) as u32);
     }
 }
 
