@@ -199,9 +199,16 @@ impl Bed {
         let mut answers: Vec<Answer> = Vec::new();
         let has = |answers: &[Answer], name: &str| answers.iter().any(|answer| answer.name == name);
         while answers.len() < 6 || (answers.len() < MOST && !backends.iter().all(|name| has(&answers, name))) {
-            answers.push(self.ask(from, protocol, to)??);
+            let answer = self.ask(from, protocol, to)?;
+            answers.push(answer.with_context(|| format!("after {} answers; {}", answers.len(), self.counted()))?);
         }
         Ok(answers)
+    }
+
+    /// What netlb counted, to tell where a packet went.
+    fn counted(&self) -> String {
+        let counted = self.netlb.as_ref().and_then(|netlb| netlb.must(["status", "-o", "json"]).ok());
+        counted.unwrap_or_default()
     }
 
     /// Whether an address is the client's own.
