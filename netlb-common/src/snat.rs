@@ -129,9 +129,20 @@ impl Ports {
         } else {
             // Odd steps come round to every number below a power of two.
             let step = (hash >> 32) as u32 | 1;
-            (hash as u32).wrapping_add(step.wrapping_mul(n)) & self.mask()
+            self.scatter((hash as u32).wrapping_add(step.wrapping_mul(n)))
         };
         if at > self.more as u32 { None } else { Some(PortBe::new(self.first + at as u16)) }
+    }
+
+    /// Another number below the power of two, for each a different one: small steps would stay beyond the range for long.
+    #[inline(always)]
+    const fn scatter(self, number: u32) -> u32 {
+        let mask = self.mask();
+        let half = mask.count_ones() / 2 + 1;
+        let mut number = number & mask;
+        number ^= number >> half;
+        number = number.wrapping_mul(0x9e37_79b1) & mask;
+        number ^ number >> half
     }
 
     #[inline(always)]
@@ -200,6 +211,20 @@ mod tests {
         assert_eq!(ports.candidate(PortBe::new(2024), 5, 0), Some(PortBe::new(2024)));
         assert_eq!(ports.candidate(PortBe::new(2025), 5, 0), None);
         assert_eq!(ports.candidate(PortBe::new(80), 5, 0), None);
+    }
+
+    #[test]
+    fn no_flow_tries_numbers_beyond_the_range_alone() {
+        for ports in
+            [Ports { first: 61000, more: 4535 }, Ports { first: 1024, more: 16_384 }, Ports { first: 40_000, more: 9 }]
+        {
+            let worst = (0..200_000_u32).map(|client| {
+                let hash =
+                    hash(Ipv4Be(client.wrapping_mul(0x9e37_79b9)), PortBe::new(40_000 + (client & 0xfff) as u16));
+                (1..TRIES).filter(|n| ports.candidate(PortBe::new(77), hash, *n).is_some()).count()
+            });
+            assert!(worst.min() > Some(TRIES as usize / 4), "{ports:?}");
+        }
     }
 
     #[test]
