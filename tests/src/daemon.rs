@@ -419,6 +419,14 @@ impl Netlb {
         self.must(["backend", "rm", service, &backend.to_string()]).map(drop)
     }
 
+    /// What `netlb status` says of a counter.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let status: serde_json::Value = serde_json::from_str(&self.must(["status", "-o", "json"])?)?;
+        let counters = find(&status, "counters").context("no counters in the status")?;
+        let value = counters.as_array().into_iter().flatten().find(|counter| counter["name"] == name);
+        Ok(value.and_then(|counter| counter["value"].as_u64()).unwrap_or(0))
+    }
+
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -499,6 +507,15 @@ impl Drop for Netlb {
 fn run_command(node: &Node, program: &Path, config: &Path, socket: &Path, state_dir: &Path, bpffs: &Path) -> Cmd {
     let command = node.ns.command(program).arg("run").arg("--config").arg(config).arg("--socket").arg(socket);
     command.arg("--state-dir").arg(state_dir).arg("--bpffs").arg(bpffs)
+}
+
+/// The value of a key, wherever it stands.
+fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
+    match value {
+        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|value| find(value, key))),
+        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, key)),
+        _ => None,
+    }
 }
 
 /// `NETLB_BIN`, else the release build in the target directory that the running program is in, else the debug build there.

@@ -165,7 +165,7 @@ fn transfer_each_way(bed: &Testbed, client: &Namespace, backend: &Pod, load: Loa
             let elapsed = transfer(client, backend, family, load)
                 .with_context(|| format!("{load:?}, {forwarding}, {family}; {}", netlb.log()))?;
             ensure!(elapsed < AT_ONCE, "{load:?}, {forwarding}, {family}: it took {elapsed:?}");
-            let translated = counter(&netlb, "icmp_translated")?;
+            let translated = netlb.counter("icmp_translated")?;
             ensure!(translated > 0, "{load:?}, {forwarding}, {family}: no error was needed");
         }
     }
@@ -274,20 +274,4 @@ fn probe(server: SocketAddr, hops: i32) -> Result<(SocketAddr, IpAddr)> {
 fn endpoint(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|address| SocketAddr::new(address.ip().into(), address.port()));
     v4.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::new(address.ip().into(), address.port())))
-}
-
-/// What `netlb status` says of a counter.
-fn counter(netlb: &Netlb, name: &str) -> Result<u64> {
-    let status: serde_json::Value = serde_json::from_str(&netlb.must(["status", "-o", "json"])?)?;
-    let counters = find(&status, "counters").context("no counters in the status")?;
-    let value = counters.as_array().into_iter().flatten().find(|counter| counter["name"] == name);
-    Ok(value.and_then(|counter| counter["value"].as_u64()).unwrap_or(0))
-}
-
-fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
-    match value {
-        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|value| find(value, key))),
-        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, key)),
-        _ => None,
-    }
 }

@@ -29,7 +29,7 @@ fn a_client_outside_is_served_by_backends_of_the_node_and_they_see_its_address()
                 assert!(!pods.iter().any(|pod| pod.ip(family) == answer.client.ip()), "{case}: {answer:?}");
             }
         }
-        assert_eq!(counter(&netlb, "needs_snat")?, 0);
+        assert_eq!(netlb.counter("needs_snat")?, 0);
     }
     Ok(())
 }
@@ -56,7 +56,7 @@ fn a_client_outside_is_served_by_backends_of_other_nodes() -> TestResult {
             }
             assert_eq!(seen.len(), 2, "{case}: both backends serve");
         }
-        assert_eq!(counter(&netlb, "needs_snat")?, 0);
+        assert_eq!(netlb.counter("needs_snat")?, 0);
     }
     Ok(())
 }
@@ -138,12 +138,12 @@ fn xdp_sends_what_leaves_by_the_uplink_again() -> TestResult {
         for family in Family::BOTH {
             for (server, is_far) in servers.iter().zip([false, true]) {
                 let vip = serve(&netlb, family, std::slice::from_ref(server))?;
-                let before = counter(&netlb, "sent_by_xdp")?;
+                let before = netlb.counter("sent_by_xdp")?;
                 for _ in 0..10 {
                     let answer = clients::curl(outside, vip).with_context(|| format!("{mode}, {family}"))?;
                     assert_eq!(answer.backend, server.addr(family), "{mode}");
                 }
-                let sent = counter(&netlb, "sent_by_xdp")? - before;
+                let sent = netlb.counter("sent_by_xdp")? - before;
                 assert_eq!(sent >= 80, is_far, "{mode}, {family}: {sent} packets for a backend that is far: {is_far}");
                 netlb.must(["svc", "rm", &name(family)])?;
             }
@@ -198,20 +198,4 @@ fn serve(netlb: &Netlb, family: Family, servers: &[Server]) -> Result<SocketAddr
     let backends = servers.iter().map(|server| server.addr(family));
     netlb.add_service(&name(family), &format!("{server}/{}", Protocol::Tcp.name()), backends)?;
     Ok(server)
-}
-
-/// What `netlb status` says of a counter.
-fn counter(netlb: &Netlb, name: &str) -> Result<u64> {
-    let status: serde_json::Value = serde_json::from_str(&netlb.must(["status", "-o", "json"])?)?;
-    let counters = find(&status, "counters").context("no counters in the status")?;
-    let value = counters.as_array().into_iter().flatten().find(|counter| counter["name"] == name);
-    Ok(value.and_then(|counter| counter["value"].as_u64()).unwrap_or(0))
-}
-
-fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
-    match value {
-        serde_json::Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|value| find(value, key))),
-        serde_json::Value::Array(values) => values.iter().find_map(|value| find(value, key)),
-        _ => None,
-    }
 }
