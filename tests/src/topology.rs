@@ -323,6 +323,7 @@ impl Testbed {
              route add default via {gateway4} dev eth0\n\
              route add ::/0 via {gateway6} dev eth0\n"
         ))?;
+        settle_port(&node.ns, &pod.interface)?;
         settle(&pod.ns, "eth0", pod6)
     }
 
@@ -485,7 +486,17 @@ fn plug(switch: &Namespace, ns: &Namespace, interface: &str) -> Result<()> {
          link set {interface} up\n",
         switch.name()
     ))?;
-    switch.ip(&format!("link set {port} master br0\nlink set {port} up\n"))
+    switch.ip(&format!("link set {port} master br0\nlink set {port} up\n"))?;
+    settle_port(switch, &port)
+}
+
+/// Waits until a bridge forwards what comes by a port. The kernel notices some time after `ip` has returned that the cable is whole, up to
+/// a second later on a busy machine, and what comes before is lost.
+fn settle_port(ns: &Namespace, port: &str) -> Result<()> {
+    wait_until(&format!("port {port} of {} to forward", ns.name()), SETTLED, || {
+        let shown = ns.command("ip").args(["-details", "link", "show", "dev", port]).run()?.success()?;
+        Ok(shown.stdout.contains("state forwarding").then_some(()))
+    })
 }
 
 fn add_underlay_address(ns: &Namespace, plan: &Plan, cable: &str, number: u8) -> Result<()> {
