@@ -173,15 +173,6 @@ pub fn hash<A: Address>(client: A, port: PortBe) -> u64 {
     hash
 }
 
-/// A client in 64 bits, to tell whose claim a port's slot is. Never 0. What has no backend is another's than what a client has at one.
-#[inline(always)]
-#[must_use]
-pub const fn claim(client: Addr, port: PortBe, backend: u32) -> u64 {
-    let hash = (client.0[0] ^ 0xff51_afd7_ed55_8ccd).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ client.0[1];
-    let hash = (hash ^ hash >> 29 ^ (port.0 as u64) << 48).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    (hash ^ hash >> 32) & !2 | 1 | ((backend != 0) as u64) << 1
-}
-
 #[cfg(test)]
 mod tests {
     use std::{collections::HashSet, vec::Vec};

@@ -104,7 +104,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             },
             Selection::NOBODY => reject::<F>(Counter::NoBackend),
             Selection::UNWANTED => Verdict::Drop,
-            selection => match frame.place(work, selection) {
+            selection => match begin(frame, work, selection) {
                 Verdict::Translate if selection.is_affine() => {
                     A::remember(work);
                     Verdict::Translate
@@ -116,6 +116,15 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
         },
     };
     (verdict, Some(work))
+}
+
+/// Makes the flow of a packet to a service: with another source if it cannot be told from one that there is.
+#[inline(always)]
+fn begin<A, F: Hook<A>>(frame: &F, work: &mut Work<A>, selection: Selection) -> Verdict {
+    match frame.place(work, selection) {
+        Verdict::Conflict => frame.place(work, selection.with_another_source()),
+        verdict => verdict,
+    }
 }
 
 /// Counted by the hook that answers.

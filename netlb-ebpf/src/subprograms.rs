@@ -55,7 +55,7 @@ subprogram! {
     }
 
     fn flow_claimant(fingerprint: u64, now: u32) -> u64 {
-        table::claimant(&Kernel, Fingerprint(fingerprint), Ticks(now))
+        table::claimant(&Kernel, Fingerprint(fingerprint), Ticks(now)).map_or(0, |claimant| claimant.0)
     }
 
     fn flow_follow(fingerprint: u64, state: u32, now: u32) -> u32 {
@@ -565,12 +565,14 @@ const fn verdict(number: u32) -> Verdict {
     const TRANSLATE: u32 = Verdict::Translate as u32;
     const REJECT: u32 = Verdict::Reject as u32;
     const EXHAUSTED: u32 = Verdict::Exhausted as u32;
+    const CONFLICT: u32 = Verdict::Conflict as u32;
     const ECHO: u32 = Verdict::Echo as u32;
     match number {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
         REJECT => Verdict::Reject,
         EXHAUSTED => Verdict::Exhausted,
+        CONFLICT => Verdict::Conflict,
         ECHO => Verdict::Echo,
         _ => Verdict::Drop,
     }
@@ -629,8 +631,11 @@ impl Operations for Kernel {
     }
 
     #[inline(always)]
-    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> u64 {
-        flow_claimant(fingerprint.0, now.0)
+    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> Option<Fingerprint> {
+        match flow_claimant(fingerprint.0, now.0) {
+            0 => None,
+            claimant => Some(Fingerprint(claimant)),
+        }
     }
 
     #[inline(always)]

@@ -104,6 +104,39 @@ fn xdp_does_the_same() -> TestResult {
     Ok(())
 }
 
+/// A client's port, again, to the only backend by another frontend: the backend could not tell the two.
+#[test]
+fn a_flow_that_looks_like_another_gets_the_nodes_address() -> TestResult {
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = Lab::new(forwarding, &LIMITS)?;
+        gateway(&mut lab)?;
+        lab.harness.set_interface(BACKENDS, Interface { role: role::POD, ..UPLINK })?;
+        for case in CASES {
+            let services = [80, 81, 82].map(|port| case.service_at(port, &[3]));
+            lab.begin(services);
+            let (client, backend) = (case.client(40000), case.backend(3));
+            let first = lab.from_clients(case.packet(client, case.vip(80)).frame());
+            assert_eq!((source(&first.frame), destination(&first.frame)), (client, backend), "{case}");
+            let mut sources = HashSet::from([client]);
+            for vip in [81, 82].map(|port| case.vip(port)) {
+                let out = lab.from_clients(case.packet(client, vip).frame());
+                let given = source(&out.frame);
+                assert_eq!((given.ip(), destination(&out.frame)), (node(case), backend), "{case}: {vip}");
+                assert!(sources.insert(given), "{case}: {given}");
+                let reply = lab.reply(case, given, backend, SYN_ACK);
+                assert_eq!((source(&reply.frame), destination(&reply.frame)), (vip, client), "{case}");
+                let next = lab.from_clients(case.segment(client, vip, ACK).frame());
+                assert_eq!(source(&next.frame), given, "{case}: the same");
+            }
+            let reply = lab.reply(case, client, backend, SYN_ACK);
+            assert_eq!((source(&reply.frame), destination(&reply.frame)), (case.vip(80), client), "{case}");
+            assert_eq!(lab.count(Counter::FlowsCreated), 3, "{case}");
+            assert_eq!(lab.count_flows(), 3, "{case}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn clients_with_one_port_get_different_ones() -> TestResult {
     let mut lab = Lab::fast()?;
