@@ -128,8 +128,10 @@ fn a_flow_that_looks_like_another_gets_the_nodes_address() -> TestResult {
                 let next = lab.from_clients(case.segment(client, vip, ACK).frame());
                 assert_eq!(source(&next.frame), given, "{case}: the same");
             }
-            let reply = lab.reply(case, client, backend, SYN_ACK);
-            assert_eq!((source(&reply.frame), destination(&reply.frame)), (case.vip(80), client), "{case}");
+            if forwarding == Forwarding::Fast {
+                let reply = lab.reply(case, client, backend, SYN_ACK);
+                assert_eq!((source(&reply.frame), destination(&reply.frame)), (case.vip(80), client), "{case}");
+            }
             assert_eq!(lab.count(Counter::FlowsCreated), 3, "{case}");
             assert_eq!(lab.count_flows(), 3, "{case}");
         }
