@@ -487,10 +487,13 @@ pub fn needs_snat<A: Family>(
     backend == packet.tuple.source || flags & wanted != 0 || (flags & Config::SNAT_NEVER == 0 && !returns_here(backend))
 }
 
-/// The first of a flow's [attempts](attempt) at a source that is one.
+/// The first of a flow's [attempts](attempt) at a source that is one, of as many as there may be at one of some addresses.
 #[inline(always)]
-pub fn reserve(attempt: impl Fn(u32) -> Snat) -> Snat {
+pub fn reserve(addresses: u32, attempt: impl Fn(u32) -> Snat) -> Snat {
     for n in 0..snat::TRIES {
+        if n * addresses >= snat::TRIES {
+            break;
+        }
         let snat = attempt(n);
         if snat != Snat::NONE {
             return snat;

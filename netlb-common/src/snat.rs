@@ -105,6 +105,19 @@ impl Snat {
     }
 }
 
+/// The node's addresses of one family that flows are given; those that routing prefers if there are none.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Pool {
+    pub len: u64,
+    pub all: [Addr; Self::MAX],
+}
+
+impl Pool {
+    pub const MAX: usize = 8;
+    pub const NONE: Self = Self { len: 0, all: [Addr([0; 2]); Self::MAX] };
+}
+
 /// The ports that flows are given.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
@@ -114,7 +127,7 @@ pub struct Ports {
     pub more: u16,
 }
 
-/// Ports tried for a flow before it is refused: with 95 % of them taken, one of a thousand flows finds none.
+/// Ports tried for a flow, of all addresses together, before it is refused: with 95 % of them taken, one of a thousand flows finds none.
 pub const TRIES: u32 = 320;
 
 impl Ports {

@@ -7,7 +7,7 @@ use netlb_common::{
     counters::Counter,
     flow::{Parsed, Tuple},
     maps::{Backend, address, role},
-    snat::Snat,
+    snat::{self, Snat},
     stray::{Stray, Strays},
     wire::{Ignore, Part},
 };
@@ -225,14 +225,24 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
 /// pass egress anyhow.
 pub(crate) const IS_NODE: u32 = u32::MAX;
 
-/// The index of the address of the node that a flow to a backend, or to the world, gets as its source; 0 if there is none.
+/// The index of the `n`-th address of the node that a flow to a backend, or to the world, may get as its source; 0 if there is none.
 #[inline(always)]
-pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32) -> u32 {
+pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32, n: u32) -> u32 {
     let mut tuple = packet.tuple;
     let is_sent = backend == 0;
     if !is_sent {
         let Some(backend) = Kernel.backend(backend) else { return 0 };
         (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
+    }
+    if maps::pool_len::<A>() != 0 {
+        if Kernel.address(tuple.destination.to_map()) & address::NODE != 0 {
+            return IS_NODE;
+        }
+        let hash = snat::hash(tuple.source, tuple.source_port) >> 32;
+        return maps::pooled::<A>(hash as u32, n).map_or(0, maps::keep_source);
+    }
+    if n > 0 {
+        return 0;
     }
     match forward::preferred_source(frame, &tuple, is_sent) {
         Ok(source) if source.is_routable() => maps::keep_source(source.to_map()),

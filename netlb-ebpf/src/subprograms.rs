@@ -11,7 +11,7 @@ use netlb_common::{
     conntrack::State,
     flow::{Fingerprint, Parsed},
     fragment::Region,
-    snat::Snat,
+    snat::{Pool, Snat},
     table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
@@ -431,7 +431,7 @@ parts!(
 );
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
@@ -453,16 +453,30 @@ macro_rules! hook {
                 if backend != 0 && $needs_snat(context, packet, backend, flags) == 0 {
                     return Snat::NONE.0;
                 }
-                match $address(context, packet, backend) {
-                    0 => Snat::NO_ADDRESS.0,
-                    pipeline::IS_NODE => Snat::NONE.0,
-                    index => balance::reserve(|n| Snat($attempt(context, packet, lookup, backend, index << 16 | n))).0,
+                let addresses = maps::pool_len::<$family>().max(1);
+                let mut snat = Snat::NO_ADDRESS;
+                for n in 0..Pool::MAX as u32 {
+                    snat = match $address(context, packet, backend, n) {
+                        0 => break,
+                        pipeline::IS_NODE => Snat::NONE,
+                        index => Snat($reserve(context, packet, lookup, backend, index << 16 | addresses)),
+                    };
+                    if snat != Snat::NO_PORT {
+                        break;
+                    }
                 }
+                snat.0
             }
 
-            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32) -> u32 {
+            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32, n: u32) -> u32 {
                 let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
-                pipeline::address(&$frame::new(context), packet, backend)
+                pipeline::address(&$frame::new(context), packet, backend, n)
+            }
+
+            // An address's index in the upper half, and in the lower one how many there are.
+            fn $reserve(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, address: u32) -> u32 {
+                let (index, addresses) = (address >> 16 << 16, address & 0xffff);
+                balance::reserve(addresses, |n| Snat($attempt(context, packet, lookup, backend, index | n))).0
             }
 
             fn $attempt(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, number: u32) -> u32 {
@@ -511,6 +525,7 @@ hook!(
     stray_v4,
     needs_snat_v4,
     address_v4,
+    reserve_v4,
     attempt_v4,
     source_v4,
     dispatch_v4
@@ -525,6 +540,7 @@ hook!(
     stray_v6,
     needs_snat_v6,
     address_v6,
+    reserve_v6,
     attempt_v6,
     source_v6,
     dispatch_v6
@@ -539,6 +555,7 @@ hook!(
     xdp_stray_v4,
     xdp_needs_snat_v4,
     xdp_address_v4,
+    xdp_reserve_v4,
     xdp_attempt_v4,
     xdp_source_v4,
     xdp_dispatch_v4
@@ -553,6 +570,7 @@ hook!(
     xdp_stray_v6,
     xdp_needs_snat_v6,
     xdp_address_v6,
+    xdp_reserve_v6,
     xdp_attempt_v6,
     xdp_source_v6,
     xdp_dispatch_v6

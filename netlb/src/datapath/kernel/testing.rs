@@ -70,18 +70,20 @@ pub struct Harness {
 }
 
 /// What the programs are told of addresses when they are loaded.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Site {
     pub owned: Networks,
     pub pods: Networks,
     /// Addresses that leave with one of the node in their place, and destinations where they do not.
     pub masquerade: (Networks, Networks),
     pub echo: bool,
+    pub snat: Snat,
 }
 
 impl Default for Site {
     fn default() -> Self {
-        Self { owned: Networks::NONE, pods: Networks::NONE, masquerade: (Networks::NONE, Networks::NONE), echo: true }
+        let masquerade = (Networks::NONE, Networks::NONE);
+        Self { owned: Networks::NONE, pods: Networks::NONE, masquerade, echo: true, snat: Snat::default() }
     }
 }
 
@@ -117,7 +119,7 @@ impl Harness {
             object,
             limits,
             timeouts,
-            snat: Snat::default(),
+            snat: &site.snat,
             forwarding,
             log: LogLevel::Off,
             owned: site.owned,
