@@ -37,4 +37,4 @@ pub mod time;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;

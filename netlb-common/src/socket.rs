@@ -223,7 +223,7 @@ mod tests {
         conntrack::State,
         flow::HashKey,
         maps::{ConfigRef, Frontend, Owners},
-        table::{Bucket, Operations, Place, Record, Storage},
+        table::{Bucket, Operations, Overflow, Place, Record, Storage},
     };
 
     const COOKIE: u64 = 7;
@@ -343,6 +343,10 @@ mod tests {
         }
 
         fn record(&self, _: Place) -> Option<&Record> {
+            unreachable!()
+        }
+
+        fn overflow(&self, _: u32) -> Option<&Overflow> {
             unreachable!()
         }
 

@@ -33,6 +33,8 @@ const CLAIM_TICKS: u32 = 2;
 const AHEAD: u32 = 4;
 /// Ticks for which a live flow that was heard of is safe from new ones: at least 60 s.
 pub const SAFE_TICKS: u32 = 56;
+/// Free slots of a bucket for which later candidates need not be looked at.
+const ENOUGH: u64 = 2;
 /// Attempts at a slot before a new flow is refused: others were faster each time.
 const ATTEMPTS: u32 = 3;
 
@@ -51,6 +53,49 @@ pub struct Slot {
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// Of eight buckets, how many slots of later candidates have a flow that would rather stand there; eight bits each.
+///
+/// Counted before such a flow can be found, and discounted when its slot is written anew. So where this says none, nobody need look at the
+/// later candidates. More than 255 would want as many flows with the same bucket, which a keyed hash does not give.
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct Overflow(Word);
+
+impl Overflow {
+    /// Buckets that one tells of.
+    pub const BUCKETS: u32 = 8;
+
+    #[cfg(test)]
+    pub(crate) const fn empty() -> Self {
+        Self(Word::new(0))
+    }
+
+    #[cfg(test)]
+    fn count(&self, bucket: u32) -> u32 {
+        (self.0.load() >> Self::shift(bucket)) as u32 & 0xff
+    }
+
+    #[inline(always)]
+    const fn shift(bucket: u32) -> u32 {
+        bucket % Self::BUCKETS * 8
+    }
+
+    #[inline(always)]
+    fn has(&self, bucket: u32) -> bool {
+        self.0.load() >> Self::shift(bucket) & 0xff != 0
+    }
+
+    #[inline(always)]
+    fn change(&self, bucket: u32, is_more: bool) {
+        let one = 1_u64 << Self::shift(bucket);
+        if is_more {
+            self.0.add(one);
+        } else if self.has(bucket) {
+            self.0.add(one.wrapping_neg());
+        }
+    }
+}
 
 /// What a slot says of its flow, from bit 0: time 14, next hop 16, tag 6, flags 3, state 4, id 21.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -297,6 +342,7 @@ pub trait Storage {
     fn mask(&self) -> u32;
     fn bucket(&self, index: u32) -> Option<&Bucket>;
     fn record(&self, place: Place) -> Option<&Record>;
+    fn overflow(&self, index: u32) -> Option<&Overflow>;
     /// How long a flow in this state is kept, in the state's units.
     fn timeout(&self, state: State) -> u32;
 
@@ -322,6 +368,12 @@ pub trait Operations: Storage + Copy {
     #[inline(always)]
     fn insert(self, new: New) -> Inserted {
         insert(self, &new)
+    }
+
+    /// Counts that a slot has a flow instead of the one it had, for the buckets where either would rather stand.
+    #[inline(always)]
+    fn recount(self, place: Place, old: Data, fingerprint: Fingerprint) {
+        recount(&self, place, old, fingerprint);
     }
 
     /// Sees to it that a flow just published has one slot: returns the data of the other's, where that one stays, or [`Data::NONE`].
@@ -380,8 +432,13 @@ impl Place {
     }
 
     #[inline(always)]
+    const fn bucket(self) -> u32 {
+        self.0 / SLOTS as u32
+    }
+
+    #[inline(always)]
     pub fn slot<S: Storage + ?Sized>(self, storage: &S) -> Option<&Slot> {
-        let bucket = storage.bucket((self.0 / SLOTS as u32) & storage.mask())?;
+        let bucket = storage.bucket(self.bucket() & storage.mask())?;
         Some(&bucket.slots[self.0 as usize % SLOTS])
     }
 }
@@ -425,8 +482,46 @@ pub fn find<S: Storage + ?Sized>(storage: &S, fingerprint: Fingerprint, now: Tic
                 }
             }
         }
+        if choice + 1 == CHOICES || !overflows(storage, index) {
+            break;
+        }
     }
     None
+}
+
+/// Whether flows that would rather stand in a bucket stand in later ones.
+#[inline(always)]
+fn overflows<S: Storage + ?Sized>(storage: &S, index: u32) -> bool {
+    storage.overflow(index / Overflow::BUCKETS).is_none_or(|overflow| overflow.has(index))
+}
+
+/// Counts that a slot has a flow instead of the one it had, for the buckets where either would rather stand.
+#[inline(always)]
+pub fn recount<S: Storage>(storage: &S, place: Place, old: Data, fingerprint: Fingerprint) {
+    let Some(slot) = place.slot(storage) else { return };
+    // Whoever abandoned a claim may have counted already. Counted twice does no harm.
+    if old.state() != State::CLAIMING {
+        count_overflow(storage, Fingerprint(slot.fingerprint.load()), place, false);
+    }
+    count_overflow(storage, fingerprint, place, true);
+}
+
+/// Counts that a slot has a flow, or no longer has it.
+#[inline(always)]
+fn count_overflow<S: Storage>(storage: &S, fingerprint: Fingerprint, place: Place, is_more: bool) {
+    // Marks a slot that was never used.
+    if fingerprint.0 == 0 {
+        return;
+    }
+    for choice in 0..CHOICES {
+        let index = fingerprint.bucket(choice, storage.mask());
+        if index == place.bucket() {
+            break;
+        }
+        if let Some(overflow) = storage.overflow(index / Overflow::BUCKETS) {
+            overflow.change(index, is_more);
+        }
+    }
 }
 
 /// A direction of a flow to be given a slot.
@@ -510,6 +605,7 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
         if evicted && let Some(victim) = record.read(Fingerprint(slot.fingerprint.load())) {
             table.remove(victim.twin, now);
         }
+        table.recount(place, old, fingerprint);
         record.write(fingerprint, &new.flow);
         slot.fingerprint.swap(fingerprint.0);
         slot.data.swap(data.0);
@@ -524,7 +620,7 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
 
 /// What a bucket has for a new flow, as one word: what a subprogram returns.
 ///
-/// Slot of interest 2 bits, kind 3, and from bit 8 how good it is: the free slots, or the rank of the one to be evicted.
+/// Slot of interest 2 bits, kind 3, whether to look further 1, and from bit 8 how good it is: the free slots, or the rank of the one to be evicted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
 pub struct Scan(pub u64);
@@ -539,6 +635,8 @@ impl Scan {
     const VICTIM: u64 = 8;
     /// This slot is free.
     const FREE: u64 = 16;
+    /// The flow may stand in a later bucket.
+    const OVERFLOWS: u64 = 32;
     const WORTH_SHIFT: u32 = 8;
 
     #[inline(always)]
@@ -584,7 +682,7 @@ pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin:
     let Some(bucket) = storage.bucket(index) else { return Scan::FULL };
     let mut free = 0;
     let mut first = 0;
-    let mut victim = Scan::FULL;
+    let mut victim = if overflows(storage, index) { Scan(Scan::OVERFLOWS) } else { Scan::FULL };
     let mut next = 0;
     while let Some(slot) = bucket.slots.get(next) {
         let number = next;
@@ -604,10 +702,10 @@ pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin:
         let is_twin = slot.fingerprint.load() == twin.0;
         let rank = data.eviction_rank(now);
         if rank as u64 > victim.worth() && !is_twin {
-            victim = Scan::new(Scan::VICTIM, number as u64, rank);
+            victim = Scan::new(Scan::VICTIM | victim.0 & Scan::OVERFLOWS, number as u64, rank);
         }
     }
-    if free > 0 { Scan::new(Scan::FREE, first, free) } else { victim }
+    if free > 0 { Scan::new(Scan::FREE | victim.0 & Scan::OVERFLOWS, first, free) } else { victim }
 }
 
 /// Where a new slot goes.
@@ -631,7 +729,7 @@ fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, 
             (bucket, best) = (index, seen);
             break;
         }
-        let is_enough = best.has(Scan::FREE) && best.worth() >= 2;
+        let is_enough = best.has(Scan::FREE) && best.worth() >= ENOUGH;
         let is_better = if seen.has(Scan::FREE) == best.has(Scan::FREE) {
             seen.worth() > best.worth()
         } else {
@@ -640,8 +738,11 @@ fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, 
         if is_better && !is_enough {
             (bucket, best) = (index, seen);
         }
+        if !seen.has(Scan::OVERFLOWS) && best.has(Scan::FREE) && best.worth() >= ENOUGH {
+            break;
+        }
     }
-    if best == Scan::FULL {
+    if best.worth() == 0 && !best.has(Scan::EXISTING) {
         return Choice::Full;
     }
     let place = Place::new(bucket, best.slot());
@@ -659,8 +760,10 @@ fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, 
 /// Sees to it that a flow just published has one slot.
 #[inline(always)]
 pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
-    for choice in 0..CHOICES {
-        let index = fingerprint.bucket(choice, storage.mask());
+    let mut choice = 0;
+    while choice < CHOICES as usize {
+        let index = fingerprint.bucket(choice as u32, storage.mask());
+        choice = rolled(choice + 1);
         let Some(bucket) = storage.bucket(index) else { break };
         let mut next = 0;
         while let Some(slot) = bucket.slots.get(next) {
@@ -682,6 +785,9 @@ pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my
                 return data;
             }
         }
+        if !overflows(storage, index) {
+            break;
+        }
     }
     Data::NONE
 }
@@ -697,6 +803,10 @@ impl<S: Storage + ?Sized> Storage for &S {
 
     fn record(&self, place: Place) -> Option<&Record> {
         S::record(self, place)
+    }
+
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        S::overflow(self, index)
     }
 
     fn timeout(&self, state: State) -> u32 {

@@ -6,7 +6,7 @@ use crate::{
     atomic::Word,
     conntrack::State,
     flow::Fingerprint,
-    table::{Bucket, Data, Operations, Place, Record, SLOTS, Slot, Storage, is_live},
+    table::{Bucket, Data, Operations, Overflow, Place, Record, SLOTS, Slot, Storage, is_live},
     time::Ticks,
 };
 
@@ -17,6 +17,7 @@ pub(crate) const TIMEOUT: u32 = 100;
 pub(crate) struct Memory {
     pub(crate) buckets: Box<[Bucket]>,
     records: Box<[Record]>,
+    overflows: Box<[Overflow]>,
 }
 
 fn word() -> Word {
@@ -30,6 +31,7 @@ impl Memory {
         Self {
             buckets: (0..buckets).map(|_| Bucket { slots: [slot(), slot(), slot(), slot()] }).collect(),
             records: (0..buckets * SLOTS).map(|_| Record::empty()).collect(),
+            overflows: (0..buckets.div_ceil(Overflow::BUCKETS as usize)).map(|_| Overflow::empty()).collect(),
         }
     }
 
@@ -62,6 +64,10 @@ impl Storage for Memory {
 
     fn record(&self, place: Place) -> Option<&Record> {
         self.records.get(place.0 as usize)
+    }
+
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        self.overflows.get(index as usize)
     }
 
     fn timeout(&self, _: State) -> u32 {

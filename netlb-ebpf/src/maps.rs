@@ -26,7 +26,7 @@ use netlb_common::{
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
     socket,
-    table::{Bucket, New, Place, Record, Storage},
+    table::{Bucket, New, Overflow, Place, Record, Storage},
     time::Ticks,
 };
 
@@ -55,6 +55,8 @@ static FILTER: Array<u64, 1, MMAPABLE> = Array::new();
 static FLOWS: Array<Bucket, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static FLOW_RECORDS: Array<Record, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static FLOW_OVERFLOWS: Array<Overflow, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static SERVICE_STATS: PerCpuArray<ServiceStats, 1> = PerCpuArray::new();
 #[btf_map]
@@ -525,6 +527,11 @@ impl Storage for Kernel {
     #[inline(always)]
     fn record(&self, place: Place) -> Option<&Record> {
         FLOW_RECORDS.get(place.0)
+    }
+
+    #[inline(always)]
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        FLOW_OVERFLOWS.get(index)
     }
 
     #[cfg(feature = "lru")]

@@ -42,6 +42,11 @@ subprogram! {
         unsafe { new.as_ref() }.map_or(Inserted::FULL, maps::insert).0
     }
 
+    fn flow_recount(place: u32, old: u64, fingerprint: u64) -> u32 {
+        table::recount(&Kernel, Place(place), Data(old), Fingerprint(fingerprint));
+        0
+    }
+
     fn flow_settle(fingerprint: u64, mine: u32, my_data: u64, now: u32) -> u64 {
         table::settle(&Kernel, Fingerprint(fingerprint), Place(mine), Data(my_data), Ticks(now)).0
     }
@@ -631,6 +636,11 @@ impl Operations for Kernel {
     #[inline(always)]
     fn insert(self, new: New) -> Inserted {
         maps::stage(new).map_or(Inserted::FULL, |new| Inserted(flow_insert(new)))
+    }
+
+    #[inline(always)]
+    fn recount(self, place: Place, old: Data, fingerprint: Fingerprint) {
+        flow_recount(place.0, old.0, fingerprint.0);
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use crate::{
     addr::{Address as _, Ipv4Be},
     conntrack::Segment,
     maps::algorithm,
-    table::{Bucket, Place, Record, Storage},
+    table::{Bucket, Overflow, Place, Record, Storage},
     testing::Memory,
     wire::Part,
 };
@@ -135,6 +135,10 @@ impl Storage for &Node {
 
     fn record(&self, place: Place) -> Option<&Record> {
         self.flows.record(place)
+    }
+
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        self.flows.overflow(index)
     }
 
     fn timeout(&self, state: State) -> u32 {

@@ -2,7 +2,7 @@ use std::{
     collections::HashMap,
     println,
     sync::{Arc, Barrier},
-    thread,
+    thread, vec,
     vec::Vec,
 };
 
@@ -26,6 +26,19 @@ impl Memory {
             }
             self.insert(mix(n), state, 1, now);
         }
+    }
+
+    /// Of each bucket, how many flows stand elsewhere, as counted, and as their slots tell.
+    fn overflows(&self) -> (Vec<u32>, Vec<u32>) {
+        let counted = (0..=self.mask()).map(|index| self.overflow(index / Overflow::BUCKETS).unwrap().count(index));
+        let mut told = vec![0; self.buckets.len()];
+        for (here, bucket) in self.buckets.iter().enumerate() {
+            for fingerprint in bucket.slots.iter().map(|slot| slot.fingerprint.load()).filter(|bits| *bits != 0) {
+                let choices = (0..CHOICES).map(|choice| Fingerprint(fingerprint).bucket(choice, self.mask()) as usize);
+                choices.take_while(|index| *index != here).for_each(|index| told[index] += 1);
+            }
+        }
+        (counted.collect(), told)
     }
 
     fn place(&self, fingerprint: u64, now: Ticks) -> Place {
@@ -68,6 +81,24 @@ fn the_greatest_id_and_every_state_survive_in_a_word() {
             assert_eq!((data.id(), data.state(), data.direction()), ((1 << 21) - 1, State(state), direction));
             assert_eq!(data.idle(Ticks(u32::MAX)), 0);
         }
+    }
+}
+
+#[test]
+fn a_look_up_goes_as_far_as_flows_had_to() {
+    let table = Memory::new(64);
+    let all = 64 * SLOTS as u64;
+    for round in 0..20 {
+        let now = Ticks(NOW.0 + round as u32 * 2 * TIMEOUT);
+        let flows = (0..all).map(|n| mix(1 + round * all + n));
+        let new: Vec<_> = flows.filter(|flow| table.insert(*flow, State::UDP_ONE_WAY, 1, now).is_new()).collect();
+        assert!(new.len() * 10 > all as usize * 8, "{}", new.len());
+        let (counted, told) = table.overflows();
+        assert_eq!(counted, told);
+        assert!(counted.iter().sum::<u32>() > 20 && counted.contains(&0));
+        // Others were evicted since.
+        let found = new.iter().filter(|flow| find(&table, Fingerprint(**flow), now).is_some()).count();
+        assert_eq!(found, table.live(now));
     }
 }
 
@@ -204,6 +235,7 @@ fn of_two_equal_slots_the_lower_stays() {
     // What another CPU published at the same moment, in another bucket.
     let other = Place::new(fingerprint.bucket(1, table.mask()), 3);
     let data = place.slot(&table).unwrap().data.load();
+    count_overflow(&table, fingerprint, other, true);
     other.slot(&table).unwrap().fingerprint.store(fingerprint.0);
     other.slot(&table).unwrap().data.store(data);
     let settled = settle(&table, fingerprint, place, Data(data), NOW);
@@ -256,6 +288,8 @@ fn cpus_creating_the_same_flow_end_with_one() {
     }
     assert!(!seen.is_empty());
     assert!(seen.values().all(|count| *count == 1), "a flow has two slots");
+    let (counted, told) = table.overflows();
+    assert!(counted.iter().zip(&told).all(|(counted, told)| counted >= told), "a flow will not be found");
 }
 
 /// How many new flows find both their slots, by occupancy. The table is sized for 60 %.

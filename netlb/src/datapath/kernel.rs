@@ -227,7 +227,7 @@ impl Datapath {
             max_entries,
             bytes: match name {
                 // Both of its maps, by which it is counted as one.
-                "flows" => bytes("FLOWS") + bytes("FLOW_RECORDS"),
+                "flows" => bytes("FLOWS") + bytes("FLOW_RECORDS") + bytes("FLOW_OVERFLOWS"),
                 name => bytes(name),
             },
         };

@@ -16,7 +16,7 @@ use netlb_common::{
     },
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
-    table::{self, Bucket, Record},
+    table::{self, Bucket, Overflow, Record},
     time::ticks_from_seconds,
 };
 
@@ -152,6 +152,10 @@ impl Layout {
         self.flow_buckets() * table::SLOTS as u32
     }
 
+    pub(super) const fn flow_overflows(&self) -> u32 {
+        self.flow_buckets() / Overflow::BUCKETS
+    }
+
     pub(super) const fn filter_words(&self) -> u32 {
         (1 << self.sizes.filter_bits_log2) / filter::WORD_BITS
     }
@@ -172,6 +176,7 @@ impl Layout {
             Spec::array::<u64>("FILTER", MappedArray, self.filter_words()),
             Spec::array::<Bucket>("FLOWS", MappedArray, self.flow_buckets()),
             Spec::array::<Record>("FLOW_RECORDS", MappedArray, self.flow_records()),
+            Spec::array::<Overflow>("FLOW_OVERFLOWS", MappedArray, self.flow_overflows()),
             // By service number, of which there are no more than frontend numbers.
             Spec::array::<ServiceStats>("SERVICE_STATS", PerCpuArray, frontends),
             Spec::array::<Tally>("CURSORS", MappedArray, frontends),
@@ -302,6 +307,7 @@ mod tests {
                 ("FILTER", 32_768),
                 ("FLOWS", 262_144),
                 ("FLOW_RECORDS", 1_048_576),
+                ("FLOW_OVERFLOWS", 32_768),
                 ("SERVICE_STATS", 32_769),
                 ("CURSORS", 32_769),
                 ("BACKEND_STATS", 131_073),

@@ -27,7 +27,7 @@ use netlb_common::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey,
         ServiceStats, Tally,
     },
-    table::{Bucket, Place, Record, Storage},
+    table::{Bucket, Overflow, Place, Record, Storage},
 };
 
 use super::{layout::Layout, mapping::Mapping, syscall::Grace};
@@ -72,6 +72,7 @@ impl fmt::Debug for KernelMaps {
 struct FlowTable {
     buckets: Mapping<Bucket>,
     records: Mapping<Record>,
+    overflows: Mapping<Overflow>,
     mask: u32,
     timeouts: [u32; State::COUNT],
 }
@@ -87,6 +88,10 @@ impl Storage for FlowTable {
 
     fn record(&self, place: Place) -> Option<&Record> {
         self.records.get(place.0)
+    }
+
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        self.overflows.get(index)
     }
 
     fn timeout(&self, state: State) -> u32 {
@@ -156,6 +161,7 @@ impl KernelMaps {
             flows: FlowTable {
                 buckets: take_mapped(ebpf, "FLOWS", layout.flow_buckets())?,
                 records: take_mapped(ebpf, "FLOW_RECORDS", layout.flow_records())?,
+                overflows: take_mapped(ebpf, "FLOW_OVERFLOWS", layout.flow_overflows())?,
                 mask: layout.flow_buckets() - 1,
                 timeouts: *timeouts,
             },

@@ -16,7 +16,7 @@ use netlb_common::{
     flow::Fingerprint,
     maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey},
     snat::Snat,
-    table::{self, Bucket, Data, Flow, New, Operations, Place, Record, SLOTS, Storage, is_live},
+    table::{self, Bucket, Data, Flow, New, Operations, Overflow, Place, Record, SLOTS, Storage, is_live},
     time::Ticks,
 };
 
@@ -99,6 +99,7 @@ pub(super) struct MemoryMaps {
 pub(super) struct FlowTable {
     buckets: Box<[Bucket]>,
     records: Box<[Record]>,
+    overflows: Box<[Overflow]>,
 }
 
 pub(super) const TIMEOUT: u32 = 100;
@@ -117,6 +118,10 @@ impl Storage for FlowTable {
         self.records.get(place.0 as usize)
     }
 
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        self.overflows.get(index as usize)
+    }
+
     fn timeout(&self, _: State) -> u32 {
         TIMEOUT
     }
@@ -126,11 +131,12 @@ impl Operations for &FlowTable {}
 
 impl FlowTable {
     fn new() -> Self {
-        // SAFETY: both are words, which may be zero.
+        // SAFETY: all are words, which may be zero.
         unsafe {
             Self {
                 buckets: Box::new_zeroed_slice(BUCKETS).assume_init(),
                 records: Box::new_zeroed_slice(BUCKETS * SLOTS).assume_init(),
+                overflows: Box::new_zeroed_slice(BUCKETS / Overflow::BUCKETS as usize).assume_init(),
             }
         }
     }
