@@ -34,7 +34,8 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod time;
+pub mod tunnel;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;

@@ -238,6 +238,7 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     pods: Networks::NONE,
     masquerade: Networks::NONE,
     masquerade_except: Networks::NONE,
+    dsr_from: Networks::NONE,
 });
 
 /// The same for the socket hooks.
@@ -318,6 +319,17 @@ pub(crate) fn masquerade_has(addr: Addr) -> bool {
 #[inline(always)]
 pub(crate) fn masquerade_spares(addr: Addr) -> bool {
     has(addr_of!(SETTINGS.0.masquerade_except), addr)
+}
+
+/// Whether packets of other nodes are unwrapped.
+#[inline(always)]
+pub(crate) fn unwraps() -> bool {
+    setting!(dsr_from.len) != 0
+}
+
+#[inline(always)]
+pub(crate) fn unwraps_from(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.dsr_from), addr)
 }
 
 /// Whether an address is of one of some networks among the settings.

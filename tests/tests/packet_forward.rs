@@ -232,7 +232,7 @@ fn the_verifier_has_an_easy_time() -> TestResult {
     const BUDGET: u32 = 500_000;
     // What is not configured is not verified.
     let some = Networks { len: 1, ..Networks::NONE };
-    let everything = Site { owned: some, pods: some, masquerade: (some, some), echo: true };
+    let everything = Site { owned: some, pods: some, masquerade: (some, some), dsr_from: some, echo: true };
     for site in [Site::default(), everything] {
         let lab = Lab::at(&site)?;
         for program in [Program::Ingress, Program::Egress, Program::Xdp] {

@@ -262,6 +262,7 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
         pods: options.pods,
         masquerade: options.masquerade.0,
         masquerade_except: options.masquerade.1,
+        dsr_from: options.dsr_from,
     }
 }
 

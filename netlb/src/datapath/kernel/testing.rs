@@ -76,12 +76,15 @@ pub struct Site {
     pub pods: Networks,
     /// Addresses that leave with one of the node in their place, and destinations where they do not.
     pub masquerade: (Networks, Networks),
+    /// Nodes whose wrapped packets are unwrapped.
+    pub dsr_from: Networks,
     pub echo: bool,
 }
 
 impl Default for Site {
     fn default() -> Self {
-        Self { owned: Networks::NONE, pods: Networks::NONE, masquerade: (Networks::NONE, Networks::NONE), echo: true }
+        let none = Networks::NONE;
+        Self { owned: none, pods: none, masquerade: (none, none), dsr_from: none, echo: true }
     }
 }
 
@@ -123,6 +126,7 @@ impl Harness {
             owned: site.owned,
             pods: site.pods,
             masquerade: site.masquerade,
+            dsr_from: site.dsr_from,
             echo: site.echo,
             xdp: true,
             sockets: SocketScope::Off,
