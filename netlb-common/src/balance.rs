@@ -163,6 +163,8 @@ pub enum Verdict {
     Reject,
     /// The node has no port for its flow: its sender is told.
     Exhausted,
+    /// Whoever could serve its flow has one with the client's port already, by another frontend.
+    Conflict,
     /// An echo request to the address of a service, which is answered.
     Echo,
 }
@@ -426,7 +428,8 @@ pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup
 
 /// Makes the flow of a packet to a service: offers it to a backend, and to the next ones if that cannot be.
 ///
-/// `translation` is filled in for [`Verdict::Translate`] and [`Verdict::Wrap`].
+/// `translation` is filled in for [`Verdict::Translate`] and [`Verdict::Wrap`]. After [`Verdict::Conflict`] it may be tried
+/// [with another source](Selection::with_another_source).
 #[inline(always)]
 pub fn place<A: Family, T: Tables>(
     tables: T,
@@ -451,9 +454,12 @@ pub fn place<A: Family, T: Tables>(
         if !may_have_it {
             continue;
         }
-        match offer(tables, packet, config, id, backend, lookup, reach, translation) {
+        let snat = if selection.has_another_source() { Config::SNAT_PODS | Config::SNAT_OUTSIDE } else { 0 };
+        match offer(tables, packet, config, id, backend, snat, lookup, reach, translation) {
             Offer::Taken => return Verdict::Translate,
             Offer::Wrapped => return Verdict::Wrap,
+            // The node has no other source to give.
+            Offer::NotHere if selection.has_another_source() => break,
             Offer::NotHere => {
                 tables.count(Counter::NeedsSnat);
                 return Verdict::Pass;
@@ -466,6 +472,9 @@ pub fn place<A: Family, T: Tables>(
     // All of them drain.
     if !selection.has_conflict() {
         return Verdict::Reject;
+    }
+    if !selection.has_another_source() {
+        return Verdict::Conflict;
     }
     tables.count(Counter::FlowConflict);
     Verdict::Drop
@@ -493,10 +502,13 @@ pub fn needs_snat<A: Family>(
     backend == packet.tuple.source || flags & wanted != 0 || (flags & Config::SNAT_NEVER == 0 && !returns_here(backend))
 }
 
-/// The first of a flow's [attempts](attempt) at a source that is one.
+/// The first of a flow's [attempts](attempt) at a source that is one, of as many as there may be at one of some addresses.
 #[inline(always)]
-pub fn reserve(attempt: impl Fn(u32) -> Snat) -> Snat {
+pub fn reserve(addresses: u32, attempt: impl Fn(u32) -> Snat) -> Snat {
     for n in 0..snat::TRIES {
+        if n * addresses >= snat::TRIES {
+            break;
+        }
         let snat = attempt(n);
         if snat != Snat::NONE {
             return snat;
@@ -529,9 +541,11 @@ pub fn attempt<A: Family, T: Tables>(
     let Some(source) = tables.source(index) else { return Snat::NONE };
     translation.set_other(A::from_map(source), port);
     let reply = translation.twin(tuple);
-    let claimant = tables.claimant(tables.hash_key().fingerprint(&reply), lookup.now);
-    let is_mine = claimant == snat::claim(tuple.source.to_map(), tuple.source_port, backend);
-    if is_mine || (claimant == 0 && !is_taken(&reply)) { Snat::new(index, port) } else { Snat::NONE }
+    let is_free = match tables.claimant(tables.hash_key().fingerprint(&reply), lookup.now) {
+        Some(claimant) => claimant == lookup.fingerprint,
+        None => !is_taken(&reply),
+    };
+    if is_free { Snat::new(index, port) } else { Snat::NONE }
 }
 
 /// What came of offering a flow to a backend.
@@ -557,12 +571,13 @@ fn offer<A: Family, T: Tables>(
     config: &Config,
     id: u32,
     backend: &Backend,
+    flags: u32,
     lookup: &Lookup,
     reach: &impl Reach<A>,
     translation: &mut Translation<A>,
 ) -> Offer {
     *translation = Translation::to_backend(backend, true);
-    let snat = reach.source(packet, lookup, id, config.flags);
+    let snat = reach.source(packet, lookup, id, config.flags | flags);
     if snat == Snat::NO_ADDRESS {
         return Offer::NotHere;
     }
@@ -627,10 +642,8 @@ fn insert<A: Family, T: Tables>(
         if data.direction() != Direction::Reply || data.id() != frontend() {
             return Offer::Conflict;
         }
-        // Two clients that were given one port at the same moment.
-        if translation.has_snat
-            && tables.claimant(twin, now) != snat::claim(packet.tuple.source.to_map(), packet.tuple.source_port, id)
-        {
+        // Two flows that were given one port at the same moment.
+        if translation.has_snat && tables.claimant(twin, now) != Some(lookup.fingerprint) {
             return Offer::Conflict;
         }
         // This very flow: only its forward slot is missing, or another CPU is making it.

@@ -35,7 +35,7 @@ counters! {
     FlowsCreated "flows_created" "connections balanced",
     FlowsEvicted "flows_evicted" "connections that gave their place in the flow table to new ones",
     FlowTableFull "flow_table_full" "new connections dropped because only live ones were in their place of the flow table",
-    FlowConflict "flow_conflict" "new connections dropped because every backend tried already has the same connection through another frontend",
+    FlowConflict "flow_conflict" "new connections dropped because every backend tried already has the same connection through another frontend, and the node has no address to tell them by",
     FlowsRepaired "flows_repaired" "flow table entries rebuilt from the other direction's",
     FlowsMoved "flows_moved" "flows moved off a backend that no longer serves",
     NoBackend "no_backend" "packets refused because their service has no backend that takes new connections",

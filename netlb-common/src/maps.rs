@@ -9,7 +9,7 @@ use crate::{
     conntrack::State,
     flow::HashKey,
     network::Networks,
-    snat::Ports,
+    snat::{Pool, Ports},
     time::Ticks,
 };
 
@@ -419,6 +419,8 @@ pub struct Settings {
     pub masquerade_except: Networks,
     /// Nodes whose wrapped packets are unwrapped.
     pub dsr_from: Networks,
+    /// The addresses that they get, of IPv4 and of IPv6.
+    pub snat_pools: [Pool; 2],
 }
 
 /// Constants of the socket hooks, set when they are loaded.
@@ -465,7 +467,7 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 120 + 5 * size_of::<Networks>());
+    assert!(size_of::<Settings>() == 120 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<NodePortKey>() == 4);

@@ -119,6 +119,19 @@ impl Snat {
     }
 }
 
+/// The node's addresses of one family that flows are given; those that routing prefers if there are none.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Pool {
+    pub len: u64,
+    pub all: [Addr; Self::MAX],
+}
+
+impl Pool {
+    pub const MAX: usize = 8;
+    pub const NONE: Self = Self { len: 0, all: [Addr([0; 2]); Self::MAX] };
+}
+
 /// The ports that flows are given.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
@@ -128,7 +141,7 @@ pub struct Ports {
     pub more: u16,
 }
 
-/// Ports tried for a flow before it is refused: with 95 % of them taken, one of a thousand flows finds none.
+/// Ports tried for a flow, of all addresses together, before it is refused: with 95 % of them taken, one of a thousand flows finds none.
 pub const TRIES: u32 = 320;
 
 impl Ports {
@@ -185,15 +198,6 @@ pub fn hash<A: Address>(client: A, port: PortBe) -> u64 {
         hash ^= hash >> 32;
     });
     hash
-}
-
-/// A client in 64 bits, to tell whose claim a port's slot is. Never 0. What has no backend is another's than what a client has at one.
-#[inline(always)]
-#[must_use]
-pub const fn claim(client: Addr, port: PortBe, backend: u32) -> u64 {
-    let hash = (client.0[0] ^ 0xff51_afd7_ed55_8ccd).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ client.0[1];
-    let hash = (hash ^ hash >> 29 ^ (port.0 as u64) << 48).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    (hash ^ hash >> 32) & !2 | 1 | ((backend != 0) as u64) << 1
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::{
     atomic::Word,
     conntrack::{Direction, Segment, State},
     flow::Fingerprint,
-    snat::{self, Snat},
+    snat::Snat,
     time::Ticks,
 };
 
@@ -365,9 +365,9 @@ pub trait Operations: Storage + Copy {
         snat(&self, fingerprint, now)
     }
 
-    /// Whose flow a slot is, as [`snat::claim`] says it; 0 if there is none.
+    /// The other direction of the flow that a slot is of, if there is one: see [`claimant`].
     #[inline(always)]
-    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> u64 {
+    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> Option<Fingerprint> {
         claimant(&self, fingerprint, now)
     }
 
@@ -743,13 +743,13 @@ pub fn remove<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> 
     storage.find(fingerprint, now).is_some_and(|found| release(found.slot, found.data))
 }
 
-/// Whose flow a slot is, as [`snat::claim`] says it; 0 if there is none.
+/// The other direction of the flow that a slot is of: who has claimed the port that the slot stands for.
 #[inline(always)]
-pub fn claimant<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> u64 {
-    let Some(found) = storage.find(fingerprint, now) else { return 0 };
+pub fn claimant<S: Storage>(storage: &S, fingerprint: Fingerprint, now: Ticks) -> Option<Fingerprint> {
+    let found = storage.find(fingerprint, now)?;
     let flow = storage.record(found.place).and_then(|record| record.read(fingerprint));
-    // One whose record is being written is somebody's.
-    flow.map_or(u64::MAX, |flow| snat::claim(flow.client, flow.client_port, flow.backend))
+    // One whose record is being written is somebody else's.
+    Some(flow.map_or(Fingerprint(u64::MAX), |flow| flow.twin))
 }
 
 /// The source that a direction of a flow has at its backend.

@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use netlb_common::{
-    addr::{Addr, Ipv6Be},
+    addr::{Addr, Address, Ipv6Be},
     atomic::Word,
     balance::{Lookup, Tables, Translation},
     conntrack::State,
@@ -24,7 +24,7 @@ use netlb_common::{
         Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
     network::{Network, Networks},
-    snat::{self, Ports, Source},
+    snat::{self, Pool, Ports, Source},
     socket,
     table::{Bucket, New, Place, Record, Storage},
     time::Ticks,
@@ -239,6 +239,7 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     masquerade: Networks::NONE,
     masquerade_except: Networks::NONE,
     dsr_from: Networks::NONE,
+    snat_pools: [Pool::NONE; 2],
 });
 
 /// The same for the socket hooks.
@@ -330,6 +331,25 @@ pub(crate) fn unwraps() -> bool {
 #[inline(always)]
 pub(crate) fn unwraps_from(addr: Addr) -> bool {
     has(addr_of!(SETTINGS.0.dsr_from), addr)
+}
+
+/// How many addresses of a family flows are given, if not those that routing prefers.
+#[inline(always)]
+pub(crate) fn pool_len<A: Address>() -> u32 {
+    setting!(snat_pools[A::IS_V6 as usize].len) as u32
+}
+
+/// Those, beginning with another one for each hash; none after the last.
+#[inline(always)]
+pub(crate) fn pooled<A: Address>(hash: u32, n: u32) -> Option<Addr> {
+    let len = pool_len::<A>();
+    if n >= len {
+        return None;
+    }
+    let at = (hash % len + n) % len % Pool::MAX as u32;
+    let pool = addr_of!(SETTINGS.0.snat_pools[A::IS_V6 as usize].all).cast::<Addr>();
+    // SAFETY: initialised, and the index is below the array's length.
+    Some(unsafe { ptr::read_volatile(pool.add(at as usize)) })
 }
 
 /// Whether an address is of one of some networks among the settings.

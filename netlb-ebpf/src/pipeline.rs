@@ -7,7 +7,7 @@ use netlb_common::{
     counters::Counter,
     flow::{Parsed, Tuple},
     maps::{Backend, Config, address, role},
-    snat::Snat,
+    snat::{self, Snat},
     stray::{Stray, Strays},
     wire::{Ignore, Part},
 };
@@ -109,7 +109,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             },
             Selection::NOBODY => reject::<F>(Counter::NoBackend),
             Selection::UNWANTED => Verdict::Drop,
-            selection => match frame.place(work, selection) {
+            selection => match begin(frame, work, selection) {
                 verdict @ (Verdict::Translate | Verdict::Wrap) if selection.is_affine() => {
                     A::remember(work);
                     verdict
@@ -121,6 +121,15 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
         },
     };
     (verdict, Some(work))
+}
+
+/// Makes the flow of a packet to a service: with another source if it cannot be told from one that there is.
+#[inline(always)]
+fn begin<A, F: Hook<A>>(frame: &F, work: &mut Work<A>, selection: Selection) -> Verdict {
+    match frame.place(work, selection) {
+        Verdict::Conflict => frame.place(work, selection.with_another_source()),
+        verdict => verdict,
+    }
 }
 
 /// Counted by the hook that answers.
@@ -216,7 +225,10 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
         !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
             || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
     });
-    let is_wrapped = flags & Config::DSR != 0 && is_outside && A::from_map(backend.addr) != packet.tuple.source;
+    // With a source that is wanted in any case, there was a conflict: nothing that is wrapped has one.
+    let is_wrapped = flags & (Config::DSR | Config::SNAT_OUTSIDE) == Config::DSR
+        && is_outside
+        && A::from_map(backend.addr) != packet.tuple.source;
     match needs {
         false => 0,
         true if is_wrapped => NEEDS_WRAP,
@@ -231,14 +243,24 @@ pub(crate) const NEEDS_WRAP: u32 = 2;
 /// pass egress anyhow.
 pub(crate) const IS_NODE: u32 = u32::MAX;
 
-/// The index of the address of the node that a flow to a backend, or to the world, gets as its source; 0 if there is none.
+/// The index of the `n`-th address of the node that a flow to a backend, or to the world, may get as its source; 0 if there is none.
 #[inline(always)]
-pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32) -> u32 {
+pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32, n: u32) -> u32 {
     let mut tuple = packet.tuple;
     let is_sent = backend == 0;
     if !is_sent {
         let Some(backend) = Kernel.backend(backend) else { return 0 };
         (tuple.destination, tuple.destination_port) = (A::from_map(backend.addr), backend.port);
+    }
+    if maps::pool_len::<A>() != 0 {
+        if Kernel.address(tuple.destination.to_map()) & address::NODE != 0 {
+            return IS_NODE;
+        }
+        let hash = snat::hash(tuple.source, tuple.source_port) >> 32;
+        return maps::pooled::<A>(hash as u32, n).map_or(0, maps::keep_source);
+    }
+    if n > 0 {
+        return 0;
     }
     match forward::preferred_source(frame, &tuple, is_sent) {
         Ok(source) if source.is_routable() => maps::keep_source(source.to_map()),

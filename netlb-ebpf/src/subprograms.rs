@@ -11,7 +11,7 @@ use netlb_common::{
     conntrack::State,
     flow::{Fingerprint, Parsed},
     fragment::Region,
-    snat::Snat,
+    snat::{Pool, Snat},
     table::{self, Data, Inserted, New, Operations, Place, Scan, Storage as _},
     time::Ticks,
 };
@@ -57,7 +57,7 @@ subprogram! {
     }
 
     fn flow_claimant(fingerprint: u64, now: u32) -> u64 {
-        table::claimant(&Kernel, Fingerprint(fingerprint), Ticks(now))
+        table::claimant(&Kernel, Fingerprint(fingerprint), Ticks(now)).map_or(0, |claimant| claimant.0)
     }
 
     fn flow_follow(fingerprint: u64, state: u32, now: u32) -> u32 {
@@ -538,7 +538,7 @@ parts!(
 );
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
@@ -561,17 +561,31 @@ macro_rules! hook {
                 if needs == 0 {
                     return Snat::NONE.0;
                 }
-                match $address(context, packet, backend) {
-                    0 => Snat::NO_ADDRESS.0,
-                    pipeline::IS_NODE => Snat::NONE.0,
-                    index if needs == pipeline::NEEDS_WRAP => Snat::outer(index).0,
-                    index => balance::reserve(|n| Snat($attempt(context, packet, lookup, backend, index << 16 | n))).0,
+                let addresses = maps::pool_len::<$family>().max(1);
+                let mut snat = Snat::NO_ADDRESS;
+                for n in 0..Pool::MAX as u32 {
+                    snat = match $address(context, packet, backend, n) {
+                        0 => break,
+                        pipeline::IS_NODE => Snat::NONE,
+                        index if needs == pipeline::NEEDS_WRAP => Snat::outer(index),
+                        index => Snat($reserve(context, packet, lookup, backend, index << 16 | addresses)),
+                    };
+                    if snat != Snat::NO_PORT {
+                        break;
+                    }
                 }
+                snat.0
             }
 
-            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32) -> u32 {
+            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32, n: u32) -> u32 {
                 let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
-                pipeline::address(&$frame::new(context), packet, backend)
+                pipeline::address(&$frame::new(context), packet, backend, n)
+            }
+
+            // An address's index in the upper half, and in the lower one how many there are.
+            fn $reserve(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, address: u32) -> u32 {
+                let (index, addresses) = (address >> 16 << 16, address & 0xffff);
+                balance::reserve(addresses, |n| Snat($attempt(context, packet, lookup, backend, index | n))).0
             }
 
             fn $attempt(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, number: u32) -> u32 {
@@ -629,6 +643,7 @@ hook!(
     stray_v4,
     needs_snat_v4,
     address_v4,
+    reserve_v4,
     attempt_v4,
     source_v4,
     dispatch_v4,
@@ -644,6 +659,7 @@ hook!(
     stray_v6,
     needs_snat_v6,
     address_v6,
+    reserve_v6,
     attempt_v6,
     source_v6,
     dispatch_v6,
@@ -659,6 +675,7 @@ hook!(
     xdp_stray_v4,
     xdp_needs_snat_v4,
     xdp_address_v4,
+    xdp_reserve_v4,
     xdp_attempt_v4,
     xdp_source_v4,
     xdp_dispatch_v4,
@@ -674,6 +691,7 @@ hook!(
     xdp_stray_v6,
     xdp_needs_snat_v6,
     xdp_address_v6,
+    xdp_reserve_v6,
     xdp_attempt_v6,
     xdp_source_v6,
     xdp_dispatch_v6,
@@ -688,6 +706,7 @@ const fn verdict(number: u32) -> Verdict {
     const WRAP: u32 = Verdict::Wrap as u32;
     const REJECT: u32 = Verdict::Reject as u32;
     const EXHAUSTED: u32 = Verdict::Exhausted as u32;
+    const CONFLICT: u32 = Verdict::Conflict as u32;
     const ECHO: u32 = Verdict::Echo as u32;
     match number {
         PASS => Verdict::Pass,
@@ -695,6 +714,7 @@ const fn verdict(number: u32) -> Verdict {
         WRAP => Verdict::Wrap,
         REJECT => Verdict::Reject,
         EXHAUSTED => Verdict::Exhausted,
+        CONFLICT => Verdict::Conflict,
         ECHO => Verdict::Echo,
         _ => Verdict::Drop,
     }
@@ -753,8 +773,11 @@ impl Operations for Kernel {
     }
 
     #[inline(always)]
-    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> u64 {
-        flow_claimant(fingerprint.0, now.0)
+    fn claimant(self, fingerprint: Fingerprint, now: Ticks) -> Option<Fingerprint> {
+        match flow_claimant(fingerprint.0, now.0) {
+            0 => None,
+            claimant => Some(Fingerprint(claimant)),
+        }
     }
 
     #[inline(always)]

@@ -307,7 +307,7 @@ fn every_row_of_the_table_holds(protocol: Protocol, forwarding: Forwarding) -> T
                 let (set, seen) = row.of(from);
                 let backends: &[&str] = if set == Set::All { &[LOCAL, REMOTE] } else { &[LOCAL] };
                 let to = address(way, row.policy, family);
-                // A client's port that comes again by another way to the only backend would find it taken.
+                // A client's port that comes again by another way to the only backend would get the node's address.
                 bed.forget_flows(protocol)?;
                 let answers = bed.ask_all(from, protocol, to, backends).context(case.clone())?;
                 let who: BTreeSet<_> = answers.iter().map(|answer| &*answer.name).collect();

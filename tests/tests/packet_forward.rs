@@ -3,6 +3,7 @@
 use etherparse::checksum::Sum16BitWords;
 use etherparse::err::packet::SliceError;
 use etherparse::{Icmpv4Type, Icmpv6Type, NetSlice, SlicedPacket, TransportSlice, icmpv4};
+use netlb::config::Snat;
 use netlb::datapath::kernel::testing::{Program, Site};
 use netlb::model::Protocol;
 use netlb_common::counters::Counter;
@@ -232,7 +233,8 @@ fn the_verifier_has_an_easy_time() -> TestResult {
     const BUDGET: u32 = 500_000;
     // What is not configured is not verified.
     let some = Networks { len: 1, ..Networks::NONE };
-    let everything = Site { owned: some, pods: some, masquerade: (some, some), dsr_from: some, echo: true };
+    let snat = Snat { addresses: vec![[192, 0, 2, 1].into(), [0xfd, 0, 0, 0, 0, 0, 0, 1].into()], ..Snat::default() };
+    let everything = Site { owned: some, pods: some, masquerade: (some, some), dsr_from: some, echo: true, snat };
     for site in [Site::default(), everything] {
         let lab = Lab::at(&site)?;
         for program in [Program::Ingress, Program::Egress, Program::Xdp] {

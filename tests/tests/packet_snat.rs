@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
-use netlb::config::{Forwarding, Limits};
-use netlb::datapath::kernel::testing::Program;
+use netlb::config::{Forwarding, Limits, Snat};
+use netlb::datapath::kernel::testing::{Program, Site};
 use netlb::model::SnatMode;
 use netlb_common::conntrack::Direction;
 use netlb_common::counters::Counter;
@@ -100,6 +100,41 @@ fn xdp_does_the_same() -> TestResult {
             assert_eq!(out, Outcome { verdict: XDP_REDIRECT, frame: sent }, "{case}, {round}");
         }
         assert_eq!(lab.counts(), [(Counter::FlowsCreated, 1), (Counter::SentByXdp, 4)], "{case}");
+    }
+    Ok(())
+}
+
+/// A client's port, again, to the only backend by another frontend: the backend could not tell the two.
+#[test]
+fn a_flow_that_looks_like_another_gets_the_nodes_address() -> TestResult {
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = Lab::new(forwarding, &LIMITS)?;
+        gateway(&mut lab)?;
+        lab.harness.set_interface(BACKENDS, Interface { role: role::POD, ..UPLINK })?;
+        for case in CASES {
+            let services = [80, 81, 82].map(|port| case.service_at(port, &[3]));
+            lab.begin(services);
+            let (client, backend) = (case.client(40000), case.backend(3));
+            let first = lab.from_clients(case.packet(client, case.vip(80)).frame());
+            assert_eq!((source(&first.frame), destination(&first.frame)), (client, backend), "{case}");
+            let mut sources = HashSet::from([client]);
+            for vip in [81, 82].map(|port| case.vip(port)) {
+                let out = lab.from_clients(case.packet(client, vip).frame());
+                let given = source(&out.frame);
+                assert_eq!((given.ip(), destination(&out.frame)), (node(case), backend), "{case}: {vip}");
+                assert!(sources.insert(given), "{case}: {given}");
+                let reply = lab.reply(case, given, backend, SYN_ACK);
+                assert_eq!((source(&reply.frame), destination(&reply.frame)), (vip, client), "{case}");
+                let next = lab.from_clients(case.segment(client, vip, ACK).frame());
+                assert_eq!(source(&next.frame), given, "{case}: the same");
+            }
+            if forwarding == Forwarding::Fast {
+                let reply = lab.reply(case, client, backend, SYN_ACK);
+                assert_eq!((source(&reply.frame), destination(&reply.frame)), (case.vip(80), client), "{case}");
+            }
+            assert_eq!(lab.count(Counter::FlowsCreated), 3, "{case}");
+            assert_eq!(lab.count_flows(), 3, "{case}");
+        }
     }
     Ok(())
 }
@@ -217,6 +252,36 @@ fn with_nearly_every_port_taken_new_connections_find_one() -> TestResult {
     let late = late.expect("somebody finds no port");
     lab.age(70);
     assert_eq!(destination(&ask(late).frame), case.backend(3), "ports of connections that never were are free again");
+    Ok(())
+}
+
+#[test]
+fn ports_of_several_addresses_are_given_until_none_is_left() -> TestResult {
+    let addresses: Vec<IpAddr> =
+        [CASES[0], CASES[2]].iter().flat_map(|case| [7, 8, 9].map(|n| case.host(9, n))).collect();
+    let snat = Snat { addresses: addresses.clone(), ports: (61_000, 61_009) };
+    let mut lab = Lab::at(&Site { snat, ..Site::default() })?;
+    gateway(&mut lab)?;
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let mut given = HashSet::new();
+        for port in 10_000..12_000 {
+            let client = case.client(port);
+            let out = lab.from_clients(case.packet(client, case.vip(80)).frame());
+            if destination(&out.frame) != case.backend(3) {
+                continue;
+            }
+            let source = source(&out.frame);
+            assert!(addresses.contains(&source.ip()) && (61_000..=61_009).contains(&source.port()), "{case}: {source}");
+            assert!(given.insert(source), "{case}: {source} is given twice");
+            let reply = lab.reply(case, source, case.backend(3), SYN_ACK);
+            assert_eq!(destination(&reply.frame), client, "{case}");
+        }
+        assert_eq!(given.len(), 30, "{case}");
+        let first = given.iter().filter(|source| source.ip() == case.host(9, 7)).count();
+        assert_eq!(first, 10, "{case}");
+        assert_eq!(lab.count(Counter::SnatExhausted), 2000 - 30, "{case}");
+    }
     Ok(())
 }
 

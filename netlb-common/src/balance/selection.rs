@@ -22,7 +22,8 @@ const SEARCHED: u32 = 64;
 /// The service of a packet the flow table says nothing of, and whom its flow is offered to first. One word: what a subprogram returns.
 ///
 /// ```text
-/// bit 0: a backend that is asked before all members, or 0; 21: member; 38: known; 39: affine; 40: index in `CONFIGS`; 63: conflict
+/// bit 0: a backend that is asked before all members, or 0; 21: member; 38: known; 39: affine; 40: index in `CONFIGS`; 62: another source;
+/// 63: conflict
 /// ```
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
@@ -43,7 +44,9 @@ impl Selection {
     /// The client is to keep its backend.
     const AFFINE: u64 = 1 << 39;
     const CONFIG: u32 = 40;
-    const CONFIG_BITS: u32 = 23;
+    const CONFIG_BITS: u32 = 22;
+    /// The flow is to have an address of the node as its source.
+    const ANOTHER_SOURCE: u64 = 1 << 62;
     /// Somebody who was asked would have taken the flow, if the client's port were not in use there.
     const CONFLICT: u64 = 1 << 63;
 
@@ -103,6 +106,18 @@ impl Selection {
     #[inline(always)]
     pub(super) const fn with_conflict(self) -> Self {
         Self(self.0 | Self::CONFLICT)
+    }
+
+    /// After a conflict everywhere: with a source of the node's, the flow is told from the one that has the client's port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_another_source(self) -> Self {
+        Self(self.0 | Self::ANOTHER_SOURCE | Self::CONFLICT)
+    }
+
+    #[inline(always)]
+    pub(super) const fn has_another_source(self) -> bool {
+        self.0 & Self::ANOTHER_SOURCE != 0
     }
 
     #[inline(always)]

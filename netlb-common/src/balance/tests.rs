@@ -255,8 +255,8 @@ const ACK: u8 = 0x10;
 
 #[test]
 fn a_selection_holds_the_largest_numbers() {
-    let most = Selection::new((1 << 23) - 1, (1 << 17) - 1);
-    assert_eq!((most.config(), most.member(), most.backend()), ((1 << 23) - 1, (1 << 17) - 1, 0));
+    let most = Selection::new((1 << 22) - 1, (1 << 17) - 1);
+    assert_eq!((most.config(), most.member(), most.backend()), ((1 << 22) - 1, (1 << 17) - 1, 0));
     for special in [Selection::NONE, Selection::NOBODY, Selection::UNWANTED] {
         assert_ne!(most.with_conflict(), special);
     }

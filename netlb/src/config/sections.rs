@@ -1,7 +1,8 @@
 //! The sections of `netlb.toml` but for the services, with their defaults and ranges.
 
-use std::{fmt, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::{fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
+use netlb_common::snat::Pool;
 use serde::{Deserialize, Deserializer, de};
 
 use super::{Cidrs, NodePortAddresses, duration::format_duration, glob::Glob, parse_duration};
@@ -255,9 +256,12 @@ fn timeout_up_to<'de, D: Deserializer<'de>>(deserializer: D, most: Duration) -> 
 }
 
 /// `[snat]`: the source that clients get where a backend's replies would not come back through this node.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Eq, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Snat {
+    /// Addresses of the node; those that routing prefers for families without any.
+    #[serde(deserialize_with = "sources")]
+    pub addresses: Vec<IpAddr>,
     /// The first and the last port.
     #[serde(deserialize_with = "ports")]
     pub ports: (u16, u16),
@@ -266,8 +270,24 @@ pub struct Snat {
 impl Default for Snat {
     /// Above those that Linux gives its own sockets.
     fn default() -> Self {
-        Self { ports: (61_000, 65_535) }
+        Self { addresses: Vec::new(), ports: (61_000, 65_535) }
     }
+}
+
+fn sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpAddr>, D::Error> {
+    let addresses = Vec::<IpAddr>::deserialize(deserializer)?;
+    for (n, address) in addresses.iter().enumerate() {
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+            return Err(de::Error::custom(format_args!("{address} cannot be the source of what leaves the node")));
+        }
+        if addresses[..n].contains(address) {
+            return Err(de::Error::custom(format_args!("{address} is named twice")));
+        }
+        if addresses[..n].iter().filter(|other| other.is_ipv4() == address.is_ipv4()).count() == Pool::MAX {
+            return Err(de::Error::custom(format_args!("more than {} addresses of one family", Pool::MAX)));
+        }
+    }
+    Ok(addresses)
 }
 
 fn ports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(u16, u16), D::Error> {

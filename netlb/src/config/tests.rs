@@ -30,6 +30,19 @@ fn masquerading_names_networks_of_both_families() {
 }
 
 #[test]
+fn sources_are_addresses_that_a_node_can_have() {
+    let config = Config::parse("netlb.toml", "[snat]\naddresses = [\"192.0.2.1\", \"2001:db8::1\"]\n").unwrap();
+    assert_eq!(config.snat.addresses.len(), 2);
+    assert_eq!(config.needs_restart(&Config::default()), ["[snat]"]);
+    let refused = |addresses: &str| refused(&format!("[snat]\naddresses = [{addresses}]\n"));
+    assert!(refused("\"127.0.0.1\"").contains("127.0.0.1 cannot be the source of what leaves the node"));
+    assert!(refused("\"ff02::1\"").contains("ff02::1 cannot be"));
+    assert!(refused("\"192.0.2.1\", \"192.0.2.1\"").contains("192.0.2.1 is named twice"));
+    let many = (1..10).map(|n| format!("\"192.0.2.{n}\"")).collect::<Vec<_>>().join(", ");
+    assert!(refused(&many).contains("more than 8 addresses of one family"));
+}
+
+#[test]
 fn an_empty_file_is_a_configuration() {
     assert_eq!(parse(""), Config::default());
     assert_eq!(parse("").limits.flows, 262_144);

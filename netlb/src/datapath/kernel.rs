@@ -139,7 +139,7 @@ impl Datapath {
             object: load::OBJECT,
             limits: &config.limits,
             timeouts: &config.timeouts,
-            snat: config.snat,
+            snat: &config.snat,
             forwarding: config.node.forwarding,
             log: config.log.dataplane,
             owned: layout::networks(config.node.owned_cidrs.networks()),

@@ -1,6 +1,6 @@
 //! How big each map is, from the limits of the configuration, and how the programs are set.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use netlb_common::{
@@ -15,7 +15,7 @@ use netlb_common::{
         Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
     network::{Network, Networks},
-    snat::{self, Ports, Source},
+    snat::{self, Pool, Ports, Source},
     table::{self, Bucket, Record},
     time::ticks_from_seconds,
 };
@@ -237,6 +237,19 @@ pub(super) fn networks(all: &[IpNet]) -> Networks {
     networks
 }
 
+/// Addresses of one family as the programs know them.
+fn pool<'a>(addresses: impl Iterator<Item = &'a IpAddr>) -> Pool {
+    let mut pool = Pool::NONE;
+    for (slot, address) in pool.all.iter_mut().zip(addresses) {
+        *slot = match address {
+            IpAddr::V4(ip) => Addr::from_v4(ip.octets()),
+            IpAddr::V6(ip) => Addr::from_bytes(ip.octets()),
+        };
+        pool.len += 1;
+    }
+    pool
+}
+
 /// The constants of the programs.
 pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Options<'_>) -> Settings {
     let (first, last) = options.snat.ports;
@@ -263,6 +276,8 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
         masquerade: options.masquerade.0,
         masquerade_except: options.masquerade.1,
         dsr_from: options.dsr_from,
+        snat_pools: [IpAddr::is_ipv4, IpAddr::is_ipv6]
+            .map(|is| pool(options.snat.addresses.iter().filter(|ip| is(ip)))),
     }
 }
 

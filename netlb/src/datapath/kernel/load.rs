@@ -35,7 +35,7 @@ pub(super) struct Options<'a> {
     pub(super) object: &'a [u8],
     pub(super) limits: &'a Limits,
     pub(super) timeouts: &'a Timeouts,
-    pub(super) snat: Snat,
+    pub(super) snat: &'a Snat,
     pub(super) forwarding: Forwarding,
     pub(super) log: LogLevel,
     /// Addresses that are services' or nobody's.

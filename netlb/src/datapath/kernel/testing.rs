@@ -70,7 +70,7 @@ pub struct Harness {
 }
 
 /// What the programs are told of addresses when they are loaded.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Site {
     pub owned: Networks,
     pub pods: Networks,
@@ -79,12 +79,14 @@ pub struct Site {
     /// Nodes whose wrapped packets are unwrapped.
     pub dsr_from: Networks,
     pub echo: bool,
+    pub snat: Snat,
 }
 
 impl Default for Site {
     fn default() -> Self {
         let none = Networks::NONE;
-        Self { owned: none, pods: none, masquerade: (none, none), dsr_from: none, echo: true }
+        let masquerade = (none, none);
+        Self { owned: none, pods: none, masquerade, dsr_from: none, echo: true, snat: Snat::default() }
     }
 }
 
@@ -120,7 +122,7 @@ impl Harness {
             object,
             limits,
             timeouts,
-            snat: Snat::default(),
+            snat: &site.snat,
             forwarding,
             log: LogLevel::Off,
             owned: site.owned,
