@@ -15,9 +15,13 @@ use crate::{
     time::Ticks,
 };
 
-pub use self::selection::{Selection, remember, select};
 pub(crate) use self::selection::{first_member, in_force, member_id, remembered};
+pub use self::{
+    handed::{At, adopt, backend_at, belongs},
+    selection::{Selection, remember, select},
+};
 
+mod handed;
 mod selection;
 
 /// Backends a new flow is offered to before it is refused.
@@ -152,6 +156,8 @@ pub enum Verdict {
     Pass,
     /// Is rewritten as the translation says.
     Translate,
+    /// Is wrapped for its backend: the translation's other end is the outer source.
+    Wrap,
     Drop,
     /// Nobody serves it: its sender is told.
     Reject,
@@ -278,6 +284,8 @@ pub enum Known {
     Translate,
     /// The same, and it changed something that [`tend`] is to carry over to the other direction.
     Tend,
+    /// It is of this flow, whose packets are wrapped.
+    Wrap,
     /// Of a flow whose direction another hook translates.
     Elsewhere,
     /// Nothing: see [`select`], [`place`] and [`lost_reply`].
@@ -287,7 +295,7 @@ pub enum Known {
 /// Looks a packet up in the flow table: all that most packets of services need.
 ///
 /// `can_leave_by` is asked whether this hook can send by the way that the flow is known to take. `translation` is filled in for
-/// [`Known::Translate`] and [`Known::Tend`]. It is not part of the result, because the compiler would leave it undefined in the
+/// [`Known::Translate`], [`Known::Tend`] and [`Known::Wrap`]. It is not part of the result, because the compiler would leave it undefined in the
 /// others, and the verifier accepts no undefined value even where nobody looks at it.
 #[inline(always)]
 pub fn known<A: Family, T: Tables>(
@@ -337,8 +345,14 @@ pub fn known<A: Family, T: Tables>(
         }
     }
     translation.hop = hop;
-    if found.data.has_snat() && !translation.read_other(tables, fingerprint, found) {
-        return Known::No;
+    if found.data.has_snat() {
+        if !translation.read_other(tables, fingerprint, found) {
+            return Known::No;
+        }
+        if found.data.is_wrapped() {
+            table::change(found.slot, found.data, |data| data.after_unanswered(packet.segment, now));
+            return Known::Wrap;
+        }
     }
     // Written at most once per time unit and state.
     if table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
@@ -414,7 +428,7 @@ pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup
 
 /// Makes the flow of a packet to a service: offers it to a backend, and to the next ones if that cannot be.
 ///
-/// `translation` is filled in for [`Verdict::Translate`]. After [`Verdict::Conflict`] it may be tried
+/// `translation` is filled in for [`Verdict::Translate`] and [`Verdict::Wrap`]. After [`Verdict::Conflict`] it may be tried
 /// [with another source](Selection::with_another_source).
 #[inline(always)]
 pub fn place<A: Family, T: Tables>(
@@ -443,6 +457,7 @@ pub fn place<A: Family, T: Tables>(
         let snat = if selection.has_another_source() { Config::SNAT_PODS | Config::SNAT_OUTSIDE } else { 0 };
         match offer(tables, packet, config, id, backend, snat, lookup, reach, translation) {
             Offer::Taken => return Verdict::Translate,
+            Offer::Wrapped => return Verdict::Wrap,
             // The node has no other source to give.
             Offer::NotHere if selection.has_another_source() => break,
             Offer::NotHere => {
@@ -536,6 +551,8 @@ pub fn attempt<A: Family, T: Tables>(
 /// What came of offering a flow to a backend.
 enum Offer {
     Taken,
+    /// The same, with packets wrapped.
+    Wrapped,
     /// Its replies would not come back through this node.
     NotHere,
     /// There is no room for the flow.
@@ -570,6 +587,9 @@ fn offer<A: Family, T: Tables>(
     if snat != Snat::NONE {
         let Some(source) = tables.source(snat.source()) else { return Offer::NotHere };
         translation.set_other(A::from_map(source), snat.port());
+    }
+    if snat.is_outer() {
+        return insert_wrapped(tables, packet, config, id, lookup, snat, translation);
     }
 
     insert(tables, packet, Some(config), id, lookup, snat, translation)
@@ -670,6 +690,52 @@ fn insert<A: Family, T: Tables>(
         tables.count(Counter::FlowsRepaired);
     }
     Offer::Taken
+}
+
+/// Gives a flow whose packets are wrapped its slot: replies do not pass by here.
+#[inline(always)]
+fn insert_wrapped<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    config: &Config,
+    id: u32,
+    lookup: &Lookup,
+    snat: Snat,
+    translation: &mut Translation<A>,
+) -> Offer {
+    let flow = Flow {
+        twin: Fingerprint(0),
+        client: packet.tuple.source.to_map(),
+        client_port: packet.tuple.source_port,
+        protocol: packet.tuple.protocol,
+        snat,
+        frontend: config.frontend,
+        backend: id,
+    };
+    let data = Data::new(Direction::Forward, State::first(packet.segment), id).wrapped();
+    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data, flow, now: lookup.now });
+    if inserted == Inserted::FULL {
+        tables.count(Counter::FlowTableFull);
+        return Offer::Full;
+    }
+    if inserted == Inserted::EVICTING {
+        tables.count(Counter::FlowsEvicted);
+    }
+    if inserted.is_new() {
+        tables.count(Counter::FlowsCreated);
+        tables.count_flow(config.service, id);
+        return Offer::Wrapped;
+    }
+    // Another CPU was faster. It may have chosen another backend.
+    let theirs = inserted.data();
+    let Some(backend) = tables.backend(theirs.id()).filter(|_| theirs.id() != 0) else { return Offer::Full };
+    *translation = Translation::to_backend(backend, false);
+    if theirs.has_snat() {
+        let snat = tables.snat(lookup.fingerprint, lookup.now);
+        let Some(source) = tables.source(snat.source()) else { return Offer::Full };
+        translation.set_other(A::from_map(source), snat.port());
+    }
+    if theirs.is_wrapped() { Offer::Wrapped } else { Offer::Taken }
 }
 
 /// A packet of no flow that the node sends, which is [`masqueraded`](Candidate): makes its flow.

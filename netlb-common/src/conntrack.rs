@@ -186,6 +186,31 @@ impl State {
         }
     }
 
+    /// The state after one more packet of the client, where those of the backend do not pass by: it answered what the client goes on after.
+    #[inline(always)]
+    #[must_use]
+    pub const fn next_unanswered(self, segment: Segment) -> Self {
+        if segment.is_datagram() {
+            Self::UDP_BOTH_WAYS
+        } else if segment.is_reset() {
+            Self::RESET_FORWARD
+        } else if segment.is_syn() {
+            // Who has finished begins anew; anybody else repeats it.
+            match self {
+                Self::FIN_FORWARD | Self::RESET_FORWARD => Self::SYN_SENT,
+                _ => self,
+            }
+        } else if segment.is_fin() {
+            Self::FIN_FORWARD
+        } else {
+            // After "its" reset a client goes on only if somebody else sent that; the last acknowledgements come after the end.
+            match self {
+                Self::FIN_FORWARD => self,
+                _ => Self::ESTABLISHED,
+            }
+        }
+    }
+
     /// The state of one direction's slot, when the other direction's has come to `news`. Both may have noted a packet at the same moment, so
     /// a FIN that only one of them saw is not forgotten.
     #[inline(always)]

@@ -64,6 +64,11 @@ counters! {
     AffinityFull "affinity_full" "new connections whose client does not keep its backend because too many clients do",
     FlowsMasqueraded "flows_masqueraded" "flows of pods to the world that were given an address of the node as their source",
     BindsRefused "binds_refused" "calls of processes refused because they would have bound a node port that a service has",
+    DsrWrapped "dsr_wrapped" "packets sent to a backend of another node as they came, in a packet of this node's",
+    DsrUnwrapped "dsr_unwrapped" "packets taken out of the packet of another node",
+    DsrTooBig "dsr_too_big" "packets dropped because they do not fit their way with one more header, and their sender lets routers fragment them",
+    DsrNoBackend "dsr_no_backend" "wrapped packets dropped because their service has no backend at the address they were sent to",
+    DsrCongested "dsr_congested" "wrapped packets dropped because they met congestion, which their sender does not want to be told of otherwise",
 }
 
 impl Counter {

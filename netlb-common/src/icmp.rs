@@ -209,6 +209,8 @@ pub struct Meaning<A> {
     pub quoted: Tuple<A>,
     /// Whether the flow has an address of the node as its source: the kernel would forward nothing that comes in with it or goes to it.
     pub has_snat: bool,
+    /// Whether it goes on as it is, wrapped from `source` to `destination`, as the packets of its flow do.
+    pub is_wrapped: bool,
 }
 
 /// What is written into an error's packet.
@@ -308,9 +310,13 @@ pub fn translate<A: Family, T: Tables>(tables: T, error: &Error<A>, scope: Scope
     if has_snat && !translation.read_other(tables, fingerprint, found) {
         return None;
     }
+    if found.data.is_wrapped() {
+        let (source, destination) = (translation.other, translation.address);
+        return Some(Meaning { source, destination, quoted: error.tuple(), has_snat, is_wrapped: true });
+    }
     let sent = translation.apply(&other).reversed();
     let source = if outer.source == quoted.destination { sent.destination } else { outer.source };
-    Some(Meaning { source, destination: sent.source, quoted: sent, has_snat })
+    Some(Meaning { source, destination: sent.source, quoted: sent, has_snat, is_wrapped: false })
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod time;
+pub mod tunnel;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.

@@ -105,6 +105,8 @@ impl Config {
     pub const LOCAL: u32 = 1 << 7;
     /// The address is the node's, with a node port or a published one: the node's processes leave the port alone.
     pub const NODE: u32 = 1 << 8;
+    /// Packets from outside are wrapped for backends that are not behind this node, which answer clients themselves.
+    pub const DSR: u32 = 1 << 9;
 }
 
 /// How a backend is chosen, as [`Config::algorithm`] says it.
@@ -415,6 +417,8 @@ pub struct Settings {
     pub masquerade: Networks,
     /// Destinations where that is not so.
     pub masquerade_except: Networks,
+    /// Nodes whose wrapped packets are unwrapped.
+    pub dsr_from: Networks,
     /// The addresses that they get, of IPv4 and of IPv6.
     pub snat_pools: [Pool; 2],
 }
@@ -463,7 +467,7 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 120 + 4 * size_of::<Networks>() + 2 * size_of::<Pool>());
+    assert!(size_of::<Settings>() == 120 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<NodePortKey>() == 4);

@@ -92,6 +92,20 @@ impl Snat {
         Self(source << 16 | port.0 as u32)
     }
 
+    /// Not a source, but the address that packets are wrapped with.
+    #[inline(always)]
+    #[must_use]
+    pub const fn outer(source: u32) -> Self {
+        Self::new(source, PortBe(0))
+    }
+
+    /// Whether it is one: sources have a port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_outer(self) -> bool {
+        self.0 != 0 && self.port().0 == 0
+    }
+
     #[inline(always)]
     #[must_use]
     pub const fn source(self) -> u32 {

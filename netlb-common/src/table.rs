@@ -113,6 +113,8 @@ impl Data {
     const REPLY: u64 = 1 << 36;
     /// The flow has another source at its backend: the record tells both.
     const SNAT: u64 = 1 << 37;
+    /// Packets are wrapped for their backend: the record tells the outer source. There is no other direction.
+    const WRAPPED: u64 = 1 << 38;
     const STATE_SHIFT: u32 = 39;
     const STATE: u64 = 0xf << Self::STATE_SHIFT;
     const ID_SHIFT: u32 = 43;
@@ -167,6 +169,20 @@ impl Data {
     #[must_use]
     pub const fn with_snat(self, has_snat: bool) -> Self {
         if has_snat { Self(self.0 | Self::SNAT) } else { self }
+    }
+
+    /// Whether the flow's packets are wrapped for their backend instead of being translated. Such flows have an address of the node as well, as
+    /// those with SNAT do, and no other direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_wrapped(self) -> bool {
+        self.0 & Self::WRAPPED != 0
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn wrapped(self) -> Self {
+        Self(self.0 | Self::SNAT | Self::WRAPPED)
     }
 
     /// The index in `HOPS` of the way its packets leave by, or 0 if it is not known.
@@ -232,6 +248,13 @@ impl Data {
         let stays = matches!(state, State::ESTABLISHED) && segment.is_plain();
         let next = if stays { self } else { self.with_state(state.next(self.direction(), segment)) };
         next.at(now)
+    }
+
+    /// The same of a flow whose other direction does not pass by.
+    #[inline(always)]
+    #[must_use]
+    pub const fn after_unanswered(self, segment: Segment, now: Ticks) -> Self {
+        self.with_state(self.state().next_unanswered(segment)).at(now)
     }
 
     /// Whom to evict first: the greatest. 0 is nobody to be evicted.

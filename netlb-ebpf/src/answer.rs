@@ -27,7 +27,7 @@ mod icmp;
 mod reset;
 
 /// As routers start them.
-const TTL: u8 = 64;
+pub(crate) const TTL: u8 = 64;
 
 /// A family whose packets can be answered.
 pub(crate) trait Answer: Family + Strays + Echo {
@@ -153,16 +153,16 @@ fn pseudo<A: Family>(packet: &Parsed<A>, protocol: u8, len: u16) -> u64 {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Header4 {
-    version_and_len: u8,
-    service: u8,
-    total_len: u16,
-    id: u16,
-    fragment: u16,
-    ttl: u8,
-    protocol: u8,
-    check: u16,
-    source: Ipv4Be,
-    destination: Ipv4Be,
+    pub(crate) version_and_len: u8,
+    pub(crate) service: u8,
+    pub(crate) total_len: u16,
+    pub(crate) id: u16,
+    pub(crate) fragment: u16,
+    pub(crate) ttl: u8,
+    pub(crate) protocol: u8,
+    pub(crate) check: u16,
+    pub(crate) source: Ipv4Be,
+    pub(crate) destination: Ipv4Be,
 }
 
 impl Answer for Ipv4Be {
@@ -213,12 +213,12 @@ impl Answer for Ipv4Be {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Header6 {
-    version: u32,
-    payload_len: u16,
-    next_header: u8,
-    hop_limit: u8,
-    source: Ipv6Be,
-    destination: Ipv6Be,
+    pub(crate) version: u32,
+    pub(crate) payload_len: u16,
+    pub(crate) next_header: u8,
+    pub(crate) hop_limit: u8,
+    pub(crate) source: Ipv6Be,
+    pub(crate) destination: Ipv6Be,
 }
 
 impl Answer for Ipv6Be {

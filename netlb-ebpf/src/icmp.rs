@@ -22,7 +22,8 @@ use crate::{
     maps::{self, Errand, Kernel},
     ping,
     pipeline::Packet,
-    subprograms::Join,
+    subprograms::Hook,
+    tunnel,
 };
 
 /// A family whose errors can be rewritten.
@@ -35,10 +36,14 @@ pub(crate) trait Errors: Messages {
 #[inline(always)]
 pub(crate) fn pass<A: Packet>(frame: &Skb, scope: Scope) -> i32
 where
-    Skb: Join<A>,
+    Skb: Hook<A>,
 {
     let Ok(header) = frame.window(NETWORK, A::HEADER_LEN) else { return NEXT };
-    if header.byte(A::PROTOCOL_AT) != A::ICMP {
+    let protocol = header.byte(A::PROTOCOL_AT);
+    if protocol != A::ICMP {
+        if maps::unwraps() && protocol == A::INNER && scope != Scope::Replies {
+            return tunnel::receive::<A>(frame, scope);
+        }
         return NEXT;
     }
     if maps::has_masquerade()
@@ -48,7 +53,11 @@ where
     }
     match maps::errand::<A>() {
         Some(errand) if A::read_error(frame, errand, scope) && A::understand_error(errand, scope) => {
-            A::send_error(frame, errand, scope)
+            // SAFETY: this CPU's, and it was filled in. There is not stack enough below the sending.
+            match unsafe { (*maps::forget(errand)).meaning.is_wrapped } {
+                true => A::wrap_error(frame, errand),
+                false => A::send_error(frame, errand, scope),
+            }
         }
         _ => NEXT,
     }

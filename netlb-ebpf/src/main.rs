@@ -18,6 +18,7 @@ mod rewrite;
 mod socket;
 mod subprograms;
 mod tc;
+mod tunnel;
 mod xdp;
 
 use aya_ebpf::{

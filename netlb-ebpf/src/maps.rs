@@ -240,6 +240,7 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     pods: Networks::NONE,
     masquerade: Networks::NONE,
     masquerade_except: Networks::NONE,
+    dsr_from: Networks::NONE,
     snat_pools: [Pool::NONE; 2],
 });
 
@@ -321,6 +322,17 @@ pub(crate) fn masquerade_has(addr: Addr) -> bool {
 #[inline(always)]
 pub(crate) fn masquerade_spares(addr: Addr) -> bool {
     has(addr_of!(SETTINGS.0.masquerade_except), addr)
+}
+
+/// Whether packets of other nodes are unwrapped.
+#[inline(always)]
+pub(crate) fn unwraps() -> bool {
+    setting!(dsr_from.len) != 0
+}
+
+#[inline(always)]
+pub(crate) fn unwraps_from(addr: Addr) -> bool {
+    has(addr_of!(SETTINGS.0.dsr_from), addr)
 }
 
 /// How many addresses of a family flows are given, if not those that routing prefers.

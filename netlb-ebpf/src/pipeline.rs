@@ -6,7 +6,7 @@ use netlb_common::{
     conntrack::Direction,
     counters::Counter,
     flow::{Parsed, Tuple},
-    maps::{Backend, address, role},
+    maps::{Backend, Config, address, role},
     snat::{self, Snat},
     stray::{Stray, Strays},
     wire::{Ignore, Part},
@@ -20,10 +20,14 @@ use crate::{
     maps::{self, Kernel, Work},
     rewrite::{Rewrite, RewriteInPlace},
     subprograms::{self, Hook, Parts},
+    tunnel::Wrapping,
 };
 
 /// A family with all that packets need.
-pub(crate) trait Packet: Rewrite + RewriteInPlace + Routable + Answer + Errors + Strays + Parts {}
+pub(crate) trait Packet:
+    Rewrite + RewriteInPlace + Routable + Answer + Errors + Strays + Wrapping + Parts
+{
+}
 
 impl Packet for Ipv4Be {}
 impl Packet for Ipv6Be {}
@@ -89,6 +93,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             A::tend(work);
             Verdict::Translate
         }
+        Known::Wrap => Verdict::Wrap,
         Known::No if scope == Scope::Replies => match A::lost_reply(work) {
             Verdict::Pass if maps::has_masquerade() && work.lookup.candidate.is_masqueraded => frame.masquerade(work),
             verdict => verdict,
@@ -105,9 +110,9 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             Selection::NOBODY => reject::<F>(Counter::NoBackend),
             Selection::UNWANTED => Verdict::Drop,
             selection => match begin(frame, work, selection) {
-                Verdict::Translate if selection.is_affine() => {
+                verdict @ (Verdict::Translate | Verdict::Wrap) if selection.is_affine() => {
                     A::remember(work);
-                    Verdict::Translate
+                    verdict
                 }
                 Verdict::Reject => reject::<F>(Counter::NoBackend),
                 Verdict::Exhausted => reject::<F>(Counter::SnatExhausted),
@@ -203,12 +208,13 @@ pub(crate) fn account<A: Packet>(frame: &impl Frame, translation: &Translation<A
     maps::count_packets(translation.service, is_reply, frame.packets(), frame.len() as u64);
 }
 
-/// Whether a packet's flow must have an address of the node as its source at a backend.
+/// Whether a packet's flow must have an address of the node as its source at a backend, or is to be wrapped for it, as [`NEEDS_SNAT`] and
+/// [`NEEDS_WRAP`] say it; else 0.
 #[inline(always)]
-pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: &Backend, flags: u32) -> bool {
+pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: &Backend, flags: u32) -> u32 {
     let interface = frame.interface();
     let is_outside = subprograms::is_from_outside(interface, packet.tuple.source);
-    balance::needs_snat(packet, backend, flags, is_outside, |backend| {
+    let needs = balance::needs_snat(packet, backend, flags, is_outside, |backend| {
         // Replies come back through this node but for a packet from outside whose backend is outside as well, or one that the world is not to
         // see the source of.
         if !is_outside && !Kernel.is_masqueraded(packet.tuple.source.to_map(), backend.to_map()) {
@@ -218,8 +224,20 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
         let route = forward::route(frame, packet, &tuple, interface);
         !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
             || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
-    })
+    });
+    // With a source that is wanted in any case, there was a conflict: nothing that is wrapped has one.
+    let is_wrapped = flags & (Config::DSR | Config::SNAT_OUTSIDE) == Config::DSR
+        && is_outside
+        && A::from_map(backend.addr) != packet.tuple.source;
+    match needs {
+        false => 0,
+        true if is_wrapped => NEEDS_WRAP,
+        true => NEEDS_SNAT,
+    }
 }
+
+pub(crate) const NEEDS_SNAT: u32 = 1;
+pub(crate) const NEEDS_WRAP: u32 = 2;
 
 /// What [`address`] says of a backend that is this very node: it would take a packet with an address of its own for forged, and its replies
 /// pass egress anyhow.

@@ -179,15 +179,7 @@ pub(crate) fn rewrite_in_place<A: RewriteInPlace>(
     let transport = frame.window_mut(at, if is_tcp { tcp::CHECK + 2 } else { udp::LEN })?;
     let frame = frame.window_mut(0, NETWORK + A::HEADER_LEN)?;
 
-    // A sender on this machine may have left the checksum to its device, which has not seen it: then the sum is that of the pseudo header,
-    // and only the kernel knows.
-    let (length, uncounted) = A::LENGTH;
-    let transport_len = NETWORK + uncounted + u16::from_be(frame.half(NETWORK + length)) as usize - at;
-    let pseudo = tuple.source.sum()
-        + tuple.destination.sum()
-        + (tuple.protocol as u16).to_be() as u64
-        + (transport_len as u16).to_be() as u64;
-    if packet.check == !checksum::finish(pseudo) && packet.check != 0 {
+    if is_partial(frame, packet) {
         return Err(Refused);
     }
 
@@ -202,6 +194,21 @@ pub(crate) fn rewrite_in_place<A: RewriteInPlace>(
     transport.set(check, sum);
     transport.set(0, ends(&new));
     Ok(())
+}
+
+/// Whether a packet's checksum is yet to be made. A sender on this machine may have left it to its device, which has not seen it: then the sum
+/// is that of the pseudo header, and only the kernel knows. `frame` has the IP header.
+#[inline(always)]
+pub(crate) fn is_partial<A: RewriteInPlace>(frame: Writable, packet: &Parsed<A>) -> bool {
+    let tuple = &packet.tuple;
+    let (length, uncounted) = A::LENGTH;
+    let len = u16::from_be(frame.half(NETWORK + length)) as usize;
+    let transport_len = NETWORK + uncounted + len - packet.transport;
+    let pseudo = tuple.source.sum()
+        + tuple.destination.sum()
+        + (tuple.protocol as u16).to_be() as u64
+        + (transport_len as u16).to_be() as u64;
+    packet.check == !checksum::finish(pseudo) && packet.check != 0
 }
 
 impl RewriteInPlace for Ipv4Be {

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Addr, Address, Ipv4Be, Ipv6Be},
-    balance::{self, Known, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
+    balance::{self, At, Known, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
     conntrack::State,
     flow::{Fingerprint, Parsed},
     fragment::Region,
@@ -21,7 +21,9 @@ use crate::{
     frame::{Frame, Skb, Xdp},
     icmp,
     maps::{self, Errand, Kernel, Work},
-    ping, pipeline, tc, xdp,
+    ping, pipeline, tc,
+    tunnel::{self, Wrapped},
+    xdp,
 };
 
 macro_rules! subprogram {
@@ -82,6 +84,10 @@ subprogram! {
 
     fn masquerade_spares(a: u64, b: u64) -> u32 {
         maps::masquerade_spares(Addr([a, b])) as u32
+    }
+
+    fn dsr_unwraps_from(a: u64, b: u64) -> u32 {
+        maps::unwraps_from(Addr([a, b])) as u32
     }
 
     fn from_outside(interface: u32, a: u64, b: u64) -> u32 {
@@ -180,6 +186,12 @@ pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
     from_outside(interface, a, b) != 0
 }
 
+/// Whether wrapped packets from an address are unwrapped.
+#[inline(always)]
+pub(crate) fn unwraps_from(Addr([a, b]): Addr) -> bool {
+    dsr_unwraps_from(a, b) != 0
+}
+
 /// The parts of the pipeline that are subprograms, for each family.
 pub(crate) trait Parts: Sized {
     fn select(work: &Work<Self>, interface: u32) -> Selection;
@@ -204,6 +216,20 @@ pub(crate) trait Parts: Sized {
     fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known;
     /// See [`ping::send`].
     fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32;
+    /// See [`tunnel::wrap_error`].
+    fn wrap_error(frame: &Skb, errand: *const Errand<Self>) -> i32;
+    /// See [`tunnel::read`].
+    fn read_wrapped(frame: &Skb, scope: Scope) -> Wrapped;
+    /// See [`tunnel::unwrap`].
+    fn unwrap(frame: &Skb, found: Wrapped) -> i32;
+    /// See [`tunnel::claim`].
+    fn claim(work: &mut Work<Self>, address: Addr) -> Known;
+    /// See [`tunnel::leads_on`].
+    fn leads_on(frame: &Skb) -> bool;
+    /// See [`balance::backend_at`].
+    fn backend_at(work: &Work<Self>, address: Addr) -> At;
+    /// See [`balance::adopt`].
+    fn adopt(work: &mut Work<Self>, at: At) -> Verdict;
 }
 
 /// Those that need the frame, for each hook and family.
@@ -213,6 +239,8 @@ pub(crate) trait Hook<A>: Frame + Reach<A> + Join<A> {
     fn stray(&self) -> Verdict;
     /// Rewrites a packet and sends it on. At TC the result may say that it is too long.
     fn dispatch(&self, work: &Work<A>) -> i32;
+    /// The same, wrapping it.
+    fn wrap(&self, work: &Work<A>) -> i32;
 }
 
 /// What TC alone does: with fragments, and with what the node sends.
@@ -269,7 +297,7 @@ impl<A> Join<A> for Xdp {
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $send_ping:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $send_ping:ident, $wrap_error:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
@@ -336,6 +364,36 @@ macro_rules! parts {
             fn $send_ping(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
                 unsafe { work.as_ref() }.map_or(Skb::DROP, |work| ping::send(&Skb::new(skb), work))
             }
+
+            fn $wrap_error(skb: *mut __sk_buff, errand: *const Errand<$family>) -> i32 {
+                unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| tunnel::wrap_error(&Skb::new(skb), errand))
+            }
+
+            fn $read_wrapped(skb: *mut __sk_buff, scope: u32) -> u64 {
+                tunnel::read::<$family>(&Skb::new(skb), self::scope(scope)).0
+            }
+
+            fn $unwrap(skb: *mut __sk_buff, found: u64) -> i32 {
+                tunnel::unwrap::<$family>(&Skb::new(skb), Wrapped(found))
+            }
+
+            fn $claim(work: *mut Work<$family>, a: u64, b: u64) -> u32 {
+                unsafe { work.as_mut() }.map_or(Known::Elsewhere, |work| tunnel::claim(work, Addr([a, b]))) as u32
+            }
+
+            fn $leads_on(skb: *mut __sk_buff) -> u32 {
+                tunnel::leads_on::<$family>(&Skb::new(skb)) as u32
+            }
+
+            fn $backend_at(work: *const Work<$family>, a: u64, b: u64) -> u64 {
+                let Some(work) = (unsafe { work.as_ref() }) else { return At::NO_SERVICE.0 };
+                balance::backend_at(Kernel, &work.packet, Addr([a, b])).0
+            }
+
+            fn $adopt(work: *mut Work<$family>, at: u64) -> u32 {
+                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                balance::adopt(Kernel, &work.packet, &work.lookup, At(at), &mut work.translation) as u32
+            }
         }
 
         impl Parts for $family {
@@ -398,6 +456,41 @@ macro_rules! parts {
             fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32 {
                 $send_ping(frame.skb(), work)
             }
+
+            #[inline(always)]
+            fn wrap_error(frame: &Skb, errand: *const Errand<Self>) -> i32 {
+                $wrap_error(frame.skb(), errand)
+            }
+
+            #[inline(always)]
+            fn read_wrapped(frame: &Skb, scope: Scope) -> Wrapped {
+                Wrapped($read_wrapped(frame.skb(), scope as u32))
+            }
+
+            #[inline(always)]
+            fn unwrap(frame: &Skb, found: Wrapped) -> i32 {
+                $unwrap(frame.skb(), found.0)
+            }
+
+            #[inline(always)]
+            fn claim(work: &mut Work<Self>, Addr([a, b]): Addr) -> Known {
+                known($claim(work, a, b))
+            }
+
+            #[inline(always)]
+            fn leads_on(frame: &Skb) -> bool {
+                $leads_on(frame.skb()) != 0
+            }
+
+            #[inline(always)]
+            fn backend_at(work: &Work<Self>, Addr([a, b]): Addr) -> At {
+                At($backend_at(work, a, b))
+            }
+
+            #[inline(always)]
+            fn adopt(work: &mut Work<Self>, at: At) -> Verdict {
+                verdict($adopt(work, at.0))
+            }
         }
     };
 }
@@ -416,7 +509,14 @@ parts!(
     understand_error_v4,
     send_error_v4,
     read_ping_v4,
-    send_ping_v4
+    send_ping_v4,
+    wrap_error_v4,
+    read_wrapped_v4,
+    unwrap_v4,
+    claim_v4,
+    leads_on_v4,
+    backend_at_v4,
+    adopt_v4
 );
 parts!(
     Ipv6Be,
@@ -432,11 +532,18 @@ parts!(
     understand_error_v6,
     send_error_v6,
     read_ping_v6,
-    send_ping_v6
+    send_ping_v6,
+    wrap_error_v6,
+    read_wrapped_v6,
+    unwrap_v6,
+    claim_v6,
+    leads_on_v6,
+    backend_at_v6,
+    adopt_v6
 );
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
@@ -450,12 +557,13 @@ macro_rules! hook {
 
             fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, backend: u32, flags: u32) -> u32 {
                 let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
-                pipeline::needs_snat(&$frame::new(context), packet, backend, flags) as u32
+                pipeline::needs_snat(&$frame::new(context), packet, backend, flags)
             }
 
             fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, flags: u32) -> u32 {
                 // What is masqueraded has no backend.
-                if backend != 0 && $needs_snat(context, packet, backend, flags) == 0 {
+                let needs = if backend == 0 { pipeline::NEEDS_SNAT } else { $needs_snat(context, packet, backend, flags) };
+                if needs == 0 {
                     return Snat::NONE.0;
                 }
                 let addresses = maps::pool_len::<$family>().max(1);
@@ -464,6 +572,7 @@ macro_rules! hook {
                     snat = match $address(context, packet, backend, n) {
                         0 => break,
                         pipeline::IS_NODE => Snat::NONE,
+                        index if needs == pipeline::NEEDS_WRAP => Snat::outer(index),
                         index => Snat($reserve(context, packet, lookup, backend, index << 16 | addresses)),
                     };
                     if snat != Snat::NO_PORT {
@@ -492,6 +601,10 @@ macro_rules! hook {
             fn $dispatch(context: *mut $context, work: *const Work<$family>) -> i32 {
                 unsafe { work.as_ref() }.map_or($frame::DROP, |work| $hook::dispatch(&$frame::new(context), work))
             }
+
+            fn $wrap(context: *mut $context, work: *const Work<$family>) -> i32 {
+                unsafe { work.as_ref() }.map_or($frame::DROP, |work| tunnel::$hook::wrap(&$frame::new(context), work))
+            }
         }
 
         impl Reach<$family> for $frame {
@@ -516,6 +629,11 @@ macro_rules! hook {
             fn dispatch(&self, work: &Work<$family>) -> i32 {
                 $dispatch(self.$as_context(), work)
             }
+
+            #[inline(always)]
+            fn wrap(&self, work: &Work<$family>) -> i32 {
+                $wrap(self.$as_context(), work)
+            }
         }
     };
 }
@@ -533,7 +651,8 @@ hook!(
     reserve_v4,
     attempt_v4,
     source_v4,
-    dispatch_v4
+    dispatch_v4,
+    wrap_v4
 );
 hook!(
     Skb,
@@ -548,7 +667,8 @@ hook!(
     reserve_v6,
     attempt_v6,
     source_v6,
-    dispatch_v6
+    dispatch_v6,
+    wrap_v6
 );
 hook!(
     Xdp,
@@ -563,7 +683,8 @@ hook!(
     xdp_reserve_v4,
     xdp_attempt_v4,
     xdp_source_v4,
-    xdp_dispatch_v4
+    xdp_dispatch_v4,
+    xdp_wrap_v4
 );
 hook!(
     Xdp,
@@ -578,7 +699,8 @@ hook!(
     xdp_reserve_v6,
     xdp_attempt_v6,
     xdp_source_v6,
-    xdp_dispatch_v6
+    xdp_dispatch_v6,
+    xdp_wrap_v6
 );
 
 /// A verdict from the number a subprogram returned.
@@ -586,6 +708,7 @@ hook!(
 const fn verdict(number: u32) -> Verdict {
     const PASS: u32 = Verdict::Pass as u32;
     const TRANSLATE: u32 = Verdict::Translate as u32;
+    const WRAP: u32 = Verdict::Wrap as u32;
     const REJECT: u32 = Verdict::Reject as u32;
     const EXHAUSTED: u32 = Verdict::Exhausted as u32;
     const CONFLICT: u32 = Verdict::Conflict as u32;
@@ -593,6 +716,7 @@ const fn verdict(number: u32) -> Verdict {
     match number {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
+        WRAP => Verdict::Wrap,
         REJECT => Verdict::Reject,
         EXHAUSTED => Verdict::Exhausted,
         CONFLICT => Verdict::Conflict,

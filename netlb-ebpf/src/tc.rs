@@ -65,6 +65,10 @@ where
             account(frame, work);
             frame.dispatch(work)
         }
+        (Verdict::Wrap, Some(work)) => {
+            account(frame, work);
+            frame.wrap(work)
+        }
         (Verdict::Drop, _) => DROP,
         (Verdict::Reject, _) => REJECT,
         (Verdict::Echo, _) => ECHO,
@@ -90,7 +94,7 @@ where
 }
 
 #[inline(always)]
-fn account<A: Packet>(frame: &Skb, work: &Work<A>) {
+pub(crate) fn account<A: Packet>(frame: &Skb, work: &Work<A>) {
     pipeline::account(frame, &work.translation);
     if maps::log_level() >= log_level::DEBUG && work.translation.is_new {
         subprograms::log_flow(frame, work.translation.service);

@@ -37,6 +37,7 @@ where
 {
     match pipeline::decide::<A, _>(frame, Scope::Both, |hop| maps::way(hop).has(Way::XDP)) {
         (Verdict::Translate, Some(work)) => frame.dispatch(work),
+        (Verdict::Wrap, Some(work)) => frame.wrap(work),
         (Verdict::Drop, _) => Xdp::DROP,
         _ => Xdp::PASS,
     }
@@ -60,6 +61,12 @@ pub(crate) fn dispatch<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
         return Xdp::PASS;
     }
     pipeline::account(frame, translation);
+    send(&way, input)
+}
+
+/// Sends a frame that came in by `input`.
+#[inline(always)]
+pub(crate) fn send(way: &Way, input: u32) -> i32 {
     maps::count(Counter::SentByXdp);
     if way.interface == input {
         return XDP_TX as i32;

@@ -23,7 +23,7 @@ pub use self::{
     glob::Glob,
     networks::{Cidrs, NodePortAddresses},
     sections::{
-        Api, Attach, Forwarding, Limits, Log, LogFormat, LogLevel, Masquerade, Node, Snat, Socket, SocketScope,
+        Api, Attach, Dsr, Forwarding, Limits, Log, LogFormat, LogLevel, Masquerade, Node, Snat, Socket, SocketScope,
         TcxOrder, Timeouts, Xdp,
     },
 };
@@ -46,6 +46,7 @@ pub struct Config {
     pub timeouts: Timeouts,
     pub snat: Snat,
     pub masquerade: Masquerade,
+    pub dsr: Dsr,
     pub log: Log,
     pub services: Vec<Service>,
 }
@@ -82,9 +83,9 @@ impl Config {
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
         let raw: RawConfig = toml::from_str(text)
             .map_err(|error| ConfigError::Invalid(Box::new(Diagnostic::from_toml(file, text, &error))))?;
-        let RawConfig { node, socket, api, limits, timeouts, snat, masquerade, log, service } = raw;
+        let RawConfig { node, socket, api, limits, timeouts, snat, masquerade, dsr, log, service } = raw;
         let services = check_services(file, text, service)?;
-        Ok(Self { node, socket, api, limits, timeouts, snat, masquerade, log, services })
+        Ok(Self { node, socket, api, limits, timeouts, snat, masquerade, dsr, log, services })
     }
 
     /// The sections in which the two differ and that are read at start only.
@@ -98,6 +99,7 @@ impl Config {
             ("[timeouts]", self.timeouts != new.timeouts),
             ("[snat]", self.snat != new.snat),
             ("[masquerade]", self.masquerade != new.masquerade),
+            ("[dsr]", self.dsr != new.dsr),
             ("[log]", self.log != new.log),
         ]
         .into_iter()
@@ -136,6 +138,8 @@ struct RawConfig {
     snat: Snat,
     #[serde(default)]
     masquerade: Masquerade,
+    #[serde(default)]
+    dsr: Dsr,
     #[serde(default)]
     log: Log,
     #[serde(default)]

@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 
 use crate::{
     model::{
-        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, FrontendError, NodePort,
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, FrontendError, Mode, NodePort,
         Placement, Protocol, Publish, Service, ServiceError, SnatMode, TrafficPolicy, Weight, WeightError,
         parse_address, parse_endpoint, parse_port,
     },
@@ -76,6 +76,11 @@ pub struct ServiceSpec {
     #[serde(default)]
     #[schema(value_type = String, example = "auto")]
     pub snat: SnatMode,
+    /// How packets from outside get to backends that are not behind this node: `nat`, translated; `dsr`, wrapped in a packet to the backend,
+    /// whose node unwraps it (see `[dsr]`) and answers clients itself
+    #[serde(default, skip_serializing_if = "is_default")]
+    #[schema(value_type = String, default = "nat", example = "dsr")]
+    pub mode: Mode,
     /// How long a client keeps its backend: `none`, `client-ip` (three hours) or `client-ip:SECONDS`
     #[serde(default, skip_serializing_if = "is_default")]
     #[schema(value_type = String, default = "none", example = "client-ip:600")]
@@ -135,6 +140,7 @@ impl ServiceSpec {
             backends,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -151,6 +157,7 @@ impl ServiceSpec {
             publish,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -236,6 +243,7 @@ impl From<&Service> for ServiceSpec {
             backends,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -254,6 +262,7 @@ impl From<&Service> for ServiceSpec {
             backends: backends.iter().cloned().map(BackendSpec::from).collect(),
             algorithm: *algorithm,
             snat: *snat,
+            mode: *mode,
             affinity: *affinity,
             external_traffic_policy: *external_traffic_policy,
             internal_traffic_policy: *internal_traffic_policy,

@@ -15,8 +15,8 @@ use crate::{
     dataplane::{BackendCounters, Desired, Flow, ServiceStats},
     desired::{Claim, Conflict, Done},
     model::{
-        Affinity, Algorithm, Backend, Conditions, Definition, Frontend, NodePort, Owner, Placement, Publish, SnatMode,
-        TrafficPolicy,
+        Affinity, Algorithm, Backend, Conditions, Definition, Frontend, Mode, NodePort, Owner, Placement, Publish,
+        SnatMode, TrafficPolicy,
     },
     spec::Hints,
 };
@@ -66,6 +66,10 @@ pub struct ServiceView {
     pub algorithm: Algorithm,
     #[schema(value_type = String)]
     pub snat: SnatMode,
+    /// `nat` or `dsr`
+    #[serde(default)]
+    #[schema(value_type = String, example = "nat")]
+    pub mode: Mode,
     /// `none` or `client-ip:SECONDS`
     #[serde(default)]
     #[schema(value_type = String, example = "client-ip:10800")]
@@ -202,6 +206,7 @@ impl ServiceView {
             backends: _,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -216,6 +221,7 @@ impl ServiceView {
             source_ranges: source_ranges.clone(),
             algorithm: *algorithm,
             snat: *snat,
+            mode: *mode,
             affinity: *affinity,
             external_traffic_policy: *external_traffic_policy,
             internal_traffic_policy: *internal_traffic_policy,

@@ -215,6 +215,11 @@ impl Service {
         self.word("snat", mode)
     }
 
+    /// `nat` or `dsr`.
+    pub fn mode(self, mode: &str) -> Self {
+        self.word("mode", mode)
+    }
+
     /// `none`, `client-ip` or `client-ip:SECONDS`.
     pub fn affinity(self, affinity: impl fmt::Display) -> Self {
         self.word("affinity", affinity)

@@ -263,6 +263,30 @@ pub fn fragments(frame: &[u8], id: u32, size: usize) -> Vec<Vec<u8>> {
     payload.chunks(size).enumerate().map(fragment).collect()
 }
 
+/// A frame's packet within one of the same family, as a balancing node sends it: with the packet's traffic class and flow label.
+pub fn wrapped(frame: &[u8], source: IpAddr, destination: IpAddr) -> Vec<u8> {
+    let (ethernet, packet) = frame.split_at(ETHERNET);
+    let mut wrapped = ethernet.to_vec();
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            wrapped.extend([0x45, packet[1]]);
+            wrapped.extend((Ipv4Header::MIN_LEN as u16 + u16::from_be_bytes([packet[2], packet[3]])).to_be_bytes());
+            wrapped.extend([0, 0, 0x40, 0, 64, 4, 0, 0]);
+            wrapped.extend(source.octets().into_iter().chain(destination.octets()));
+            patch(&mut wrapped, ETHERNET, &[0x45]);
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            wrapped.extend(&packet[..4]);
+            wrapped.extend((Ipv6Header::LEN as u16 + u16::from_be_bytes([packet[4], packet[5]])).to_be_bytes());
+            wrapped.extend([41, 64]);
+            wrapped.extend(source.octets().into_iter().chain(destination.octets()));
+        }
+        (source, destination) => panic!("{source} and {destination} are of two families"),
+    }
+    wrapped.extend(packet);
+    wrapped
+}
+
 #[cfg(test)]
 mod tests {
     use etherparse::SlicedPacket;

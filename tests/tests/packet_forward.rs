@@ -234,7 +234,7 @@ fn the_verifier_has_an_easy_time() -> TestResult {
     // What is not configured is not verified.
     let some = Networks { len: 1, ..Networks::NONE };
     let snat = Snat { addresses: vec![[192, 0, 2, 1].into(), [0xfd, 0, 0, 0, 0, 0, 0, 1].into()], ..Snat::default() };
-    let everything = Site { owned: some, pods: some, masquerade: (some, some), echo: true, snat };
+    let everything = Site { owned: some, pods: some, masquerade: (some, some), dsr_from: some, echo: true, snat };
     for site in [Site::default(), everything] {
         let lab = Lab::at(&site)?;
         for program in [Program::Ingress, Program::Egress, Program::Xdp] {

@@ -504,3 +504,79 @@ fn what_leaves_for_the_world_is_a_candidate_there_only() {
     assert_eq!(of(Scope::Both, 198, 51, 100, 1), None);
     assert_eq!(of(Scope::Replies, 198, 51, 100, 2), None);
 }
+
+/// Every backend is at another node, for which packets are wrapped.
+struct Wrapped;
+
+impl Reach<Ipv4Be> for Wrapped {
+    fn source(&self, _: &Parsed<Ipv4Be>, _: &Lookup, _: u32, _: u32) -> Snat {
+        Snat::outer(1)
+    }
+}
+
+#[test]
+fn a_wrapped_flow_has_one_slot_and_goes_by_its_client() {
+    const RST: u8 = 0x04;
+    const FIN: u8 = 0x11;
+    let node = Node::new();
+    let mut translation = Translation::none();
+    let begin = |packet: &Parsed<Ipv4Be>, translation: &mut _| {
+        place(&node, packet, &node.lookup(packet), node.select(packet, false), &Wrapped, translation)
+    };
+    let packet = |segment| Node::packet(40_000, segment);
+    assert_eq!(begin(&packet(SYN), &mut translation), Verdict::Wrap);
+    assert!(translation.is_new && translation.has_snat);
+    assert_eq!((translation.other, translation.other_port), (v4(192, 0, 2, 100), PortBe(0)));
+    assert_eq!(node.flows.live(NOW), 1, "replies do not pass by");
+    let chosen = translation.address;
+    for (segment, state) in [
+        (SYN, State::SYN_SENT),
+        (ACK, State::ESTABLISHED),
+        (FIN, State::FIN_FORWARD),
+        (ACK, State::FIN_FORWARD),
+        (SYN, State::SYN_SENT),
+        (RST, State::RESET_FORWARD),
+    ] {
+        let (packet, mut translation) = (packet(segment), Translation::none());
+        let lookup = node.lookup(&packet);
+        assert_eq!(known(&node, &packet, &lookup, |_| true, &mut translation), Known::Wrap);
+        assert_eq!((translation.address, translation.other), (chosen, v4(192, 0, 2, 100)));
+        assert_eq!((&node).probe(lookup.fingerprint, NOW).state(), state);
+        let replies = Lookup { scope: Scope::Replies, ..lookup };
+        assert_eq!(known(&node, &packet, &replies, |_| true, &mut translation), Known::Elsewhere);
+    }
+    // It is over, and the client begins anew.
+    let lookup = node.lookup(&packet(SYN));
+    assert_eq!(known(&node, &packet(SYN), &lookup, |_| true, &mut translation), Known::No);
+    assert_eq!((begin(&packet(SYN), &mut translation), node.flows.live(NOW)), (Verdict::Wrap, 1));
+    let again = begin(&packet(SYN), &mut translation);
+    assert_eq!(
+        (again, translation.is_new, translation.address),
+        (Verdict::Wrap, false, chosen),
+        "another CPU was faster"
+    );
+}
+
+#[test]
+fn a_packet_is_its_backends_whom_another_node_has_chosen() {
+    let node = Node::new();
+    let packet = Node::packet(40_000, SYN);
+    let lookup = node.lookup(&packet);
+    let at = |n| backend_at(&node, &packet, v4(10, 244, 1, n).to_map());
+    let mut translation = Translation::none();
+    for n in [1, 2, 3, 1] {
+        let address = v4(10, 244, 1, n);
+        let known = |translation: &mut _| known(&node, &packet, &lookup, |_| true, translation);
+        let said = known(&mut translation);
+        assert!(!belongs(said, &translation, address.to_map()), "{n}: nobody's or another's");
+        assert_eq!(adopt(&node, &packet, &lookup, at(n), &mut translation), Verdict::Translate);
+        assert_eq!((translation.address, translation.has_snat), (address, false));
+        let said = known(&mut translation);
+        assert!(belongs(said, &translation, address.to_map()));
+        assert_eq!(node.flows.live(NOW), 2, "{n}: and of no other flow is anything left");
+    }
+    assert_eq!(at(9), At::NOBODY);
+    let mut elsewhere = packet;
+    elsewhere.tuple.destination_port = PortBe::new(81);
+    assert_eq!(backend_at(&node, &elsewhere, v4(10, 244, 1, 1).to_map()), At::NO_SERVICE);
+}

@@ -84,3 +84,33 @@ fn fins_that_cross_close_the_flow_in_both_slots() {
         assert_eq!(state.merge(State::RESET_REPLY), State::RESET_REPLY);
     }
 }
+
+/// The same for flows of which only the client's packets are seen: SYN, ACK, FIN+ACK, RST.
+const UNANSWERED: &str = "
+               | syn  ack  fin  rst
+    SYN_SENT   | .    ES   CF   RF
+    ESTAB      | .    .    CF   RF
+    FIN_FWD    | SS   .    .    RF
+    RESET_FWD  | SS   ES   CF   .
+";
+
+#[test]
+fn without_replies_a_state_goes_by_what_the_client_sends() {
+    let states = [State::SYN_SENT, State::ESTABLISHED, State::FIN_FORWARD, State::RESET_FORWARD];
+    let segments = [0x02, 0x10, 0x11, 0x14].map(Segment::from_control);
+    let rows = UNANSWERED.lines().filter(|line| line.contains('|')).skip(1);
+    for (state, row) in states.into_iter().zip(rows) {
+        let cells = row.split('|').nth(1).unwrap().split_whitespace();
+        for (segment, cell) in segments.into_iter().zip(cells) {
+            let expected = match cell {
+                "." => state,
+                "SS" => State::SYN_SENT,
+                "ES" => State::ESTABLISHED,
+                "CF" => State::FIN_FORWARD,
+                _ => State::RESET_FORWARD,
+            };
+            assert_eq!(state.next_unanswered(segment), expected, "{} {segment:?}", state.name());
+        }
+    }
+    assert_eq!(State::UDP_ONE_WAY.next_unanswered(Segment::DATAGRAM), State::UDP_BOTH_WAYS);
+}

@@ -156,7 +156,7 @@ fn check<A: Messages>(old: &Frame<'_>, new: &Frame<'_>) -> Result<(), TestCaseEr
         protocol: new.protocol,
     };
     let (source, destination) = (A::from_map(new.outer.0), A::from_map(new.outer.1));
-    apply(&mut frame, &error, &Meaning { source, destination, quoted, has_snat: false }, new.ttl);
+    apply(&mut frame, &error, &Meaning { source, destination, quoted, has_snat: false, is_wrapped: false }, new.ttl);
     let expected = new.build();
     prop_assert!(is_alike(&frame, &expected), "{frame:02x?}\n{expected:02x?}");
     if new.protocol == udp::PROTOCOL && error.has_check {

@@ -9,6 +9,7 @@ use crate::addr::Ipv4Be;
 
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
+pub const TRAFFIC_CLASS: usize = offset_of!(Ipv4Hdr, tos);
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
 pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
@@ -62,6 +63,11 @@ impl<W: Fields> Ipv4<W> {
     #[inline(always)]
     pub fn dont_fragment(self) -> bool {
         self.0.half(offset_of!(Ipv4Hdr, frags)) & DONT_FRAGMENT != 0
+    }
+
+    #[inline(always)]
+    pub fn traffic_class(self) -> u8 {
+        self.0.byte(TRAFFIC_CLASS)
     }
 
     #[inline(always)]

@@ -39,6 +39,12 @@ impl<W: Fields> Ipv6<W> {
         self.0.byte(NEXT_HEADER)
     }
 
+    /// It stands across two bytes.
+    #[inline(always)]
+    pub fn traffic_class(self) -> u8 {
+        self.0.byte(0) << 4 | self.0.byte(1) >> 4
+    }
+
     /// What follows this header.
     #[inline(always)]
     pub fn payload_len(self) -> u16 {

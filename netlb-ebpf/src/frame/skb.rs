@@ -7,7 +7,8 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        __sk_buff, BPF_CSUM_LEVEL_RESET, BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        __sk_buff, BPF_CSUM_LEVEL_RESET, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6,
+        BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
     helpers::{bpf_clone_redirect, bpf_csum_level, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
@@ -187,6 +188,21 @@ impl Skb {
         // SAFETY: plain integers.
         let result = unsafe { bpf_clone_redirect(self.skb(), self.interface(), BPF_F_INGRESS as u64) };
         if result == 0 { Ok(()) } else { Err(Refused) }
+    }
+
+    /// Makes room after the Ethernet header for a header of a packet around this one, of the same family; segments stay as long as they are.
+    #[inline(always)]
+    pub(crate) fn add_header(&self, len: usize, is_v6: bool) -> Result<(), Refused> {
+        let encapsulation = if is_v6 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 };
+        let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | encapsulation) as u64;
+        self.0.adjust_room(len as i32, BPF_ADJ_ROOM_MAC, flags).map_err(|_| Refused)
+    }
+
+    /// Takes such a header away.
+    #[inline(always)]
+    pub(crate) fn remove_header(&self, len: usize) -> Result<(), Refused> {
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+        self.0.adjust_room(-(len as i32), BPF_ADJ_ROOM_MAC, flags).map_err(|_| Refused)
     }
 
     /// Makes room after the Ethernet header, or takes bytes away.

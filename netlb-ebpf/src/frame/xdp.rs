@@ -3,6 +3,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{xdp_action, xdp_md},
+    helpers::bpf_xdp_adjust_head,
     programs::XdpContext,
 };
 use netlb_common::{
@@ -23,6 +24,13 @@ impl Xdp {
     #[inline(always)]
     pub(crate) fn md(&self) -> *mut xdp_md {
         self.0.ctx
+    }
+
+    /// Makes room at the front.
+    #[inline(always)]
+    pub(crate) fn make_room(&self, len: usize) -> Result<(), Refused> {
+        // SAFETY: the kernel's context.
+        if unsafe { bpf_xdp_adjust_head(self.md(), -(len as i32)) } == 0 { Ok(()) } else { Err(Refused) }
     }
 
     /// Bytes to write to.

@@ -52,7 +52,7 @@ fn a_service_is_created_shown_listed_changed_and_removed() {
         json!({
             "name": "web", "frontends": ["10.96.0.1:80/tcp"], "externalIps": [], "loadBalancerIps": [], "nodePorts": [],
             "publish": [], "sourceRanges": [], "affinity": "none", "externalTrafficPolicy": "cluster",
-            "internalTrafficPolicy": "cluster", "algorithm": "maglev", "snat": "auto", "owner": "api",
+            "internalTrafficPolicy": "cluster", "algorithm": "maglev", "snat": "auto", "mode": "nat", "owner": "api",
             "backends": [backend("10.244.0.1:80", 1), backend("10.244.0.2:80", 2)],
             "flows": 0, "activeFlows": 0, "packetsIn": 0, "bytesIn": 0, "packetsOut": 0, "bytesOut": 0,
         })
@@ -366,13 +366,16 @@ fn the_document_is_openapi_3_1_and_describes_exactly_what_is_served() {
     for (schema, keys) in [
         (
             "ServiceSpec",
-            "external_ips load_balancer_ips node_port node_ports publish source_ranges affinity external_traffic_policy",
+            "external_ips load_balancer_ips node_port node_ports publish source_ranges mode affinity external_traffic_policy",
         ),
         (
             "ServicePatch",
-            "external_ips load_balancer_ips node_ports publish source_ranges affinity internal_traffic_policy",
+            "external_ips load_balancer_ips node_ports publish source_ranges mode affinity internal_traffic_policy",
         ),
-        ("ServiceView", "externalIps loadBalancerIps nodePorts publish sourceRanges affinity externalTrafficPolicy"),
+        (
+            "ServiceView",
+            "externalIps loadBalancerIps nodePorts publish sourceRanges mode affinity externalTrafficPolicy",
+        ),
         ("BackendSpec", "address ready serving terminating node zone hints"),
         ("BackendPatch", "ready serving terminating node zone hints"),
         ("BackendView", "ready serving terminating node zone hints"),

@@ -9,7 +9,7 @@ use crate::{
     client::{Client, service_path},
     desired::ServicePatch,
     exit::{ExitCode, Failure},
-    model::{Affinity, Algorithm, Frontend, Publish, SnatMode, TrafficPolicy},
+    model::{Affinity, Algorithm, Frontend, Mode, Publish, SnatMode, TrafficPolicy},
     spec::{AddressSpec, BackendSpec, NodePortSpec, ServiceSpec, SourceRange},
     view::{List, ServiceView},
 };
@@ -73,6 +73,9 @@ pub(super) struct Add {
     /// Which new flows get an address of the node as their source
     #[arg(long, value_enum, default_value_t)]
     snat: SnatArg,
+    /// How packets from outside get to backends that are not behind this node
+    #[arg(long, value_enum, default_value_t)]
+    mode: ModeArg,
     /// How long a client keeps its backend: none, client-ip (three hours) or client-ip:SECONDS
     #[arg(long, default_value_t)]
     affinity: Affinity,
@@ -120,6 +123,9 @@ pub(super) struct Set {
     /// Which new flows get an address of the node as their source
     #[arg(long, value_enum, group = "change")]
     snat: Option<SnatArg>,
+    /// How packets from outside get to backends that are not behind this node
+    #[arg(long, value_enum, group = "change")]
+    mode: Option<ModeArg>,
     /// How long a client keeps its backend: none, client-ip (three hours) or client-ip:SECONDS
     #[arg(long, group = "change")]
     affinity: Option<Affinity>,
@@ -213,6 +219,24 @@ impl From<SnatArg> for SnatMode {
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum ModeArg {
+    /// Translated; replies come back through this node
+    #[default]
+    Nat,
+    /// Wrapped in a packet to the backend, whose node unwraps it and answers clients itself
+    Dsr,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Nat => Self::Nat,
+            ModeArg::Dsr => Self::Dsr,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
 enum PolicyArg {
     /// Those of all nodes
     #[default]
@@ -261,6 +285,7 @@ impl Add {
             publish,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -278,6 +303,7 @@ impl Add {
             backends,
             algorithm: algorithm.into(),
             snat: snat.into(),
+            mode: mode.into(),
             affinity,
             external_traffic_policy: external_traffic_policy.into(),
             internal_traffic_policy: internal_traffic_policy.into(),
@@ -304,6 +330,7 @@ impl Set {
             publish,
             algorithm,
             snat,
+            mode,
             affinity,
             external_traffic_policy,
             internal_traffic_policy,
@@ -319,6 +346,7 @@ impl Set {
             backends: list("--backend", backends)?,
             algorithm: algorithm.map(Algorithm::from),
             snat: snat.map(SnatMode::from),
+            mode: mode.map(Mode::from),
             affinity,
             external_traffic_policy: external_traffic_policy.map(TrafficPolicy::from),
             internal_traffic_policy: internal_traffic_policy.map(TrafficPolicy::from),

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, time::Duration};
 use super::output::{Style, View, short, table};
 use crate::{
     config::format_duration,
-    model::TrafficPolicy,
+    model::{Mode, TrafficPolicy},
     spec::Hints,
     view::{ApplyResult, BackendView, FlowCount, FlowView, List, ServiceView, StatusView},
 };
@@ -37,6 +37,7 @@ fn particulars(service: &ServiceView) -> Vec<(&'static str, String)> {
         ("source ranges", joined(&service.source_ranges)),
         ("node ports", joined(&service.node_ports)),
         ("published", joined(&service.publish)),
+        ("mode", if service.mode == Mode::default() { String::new() } else { service.mode.to_string() }),
         ("external traffic", unless_default(service.external_traffic_policy)),
         ("internal traffic", unless_default(service.internal_traffic_policy)),
         ("affinity", service.affinity.seconds().map_or_else(String::new, |_| service.affinity.to_string())),
@@ -95,7 +96,7 @@ impl View for List<ServiceView> {
         let mut headers = vec!["NAME", "FRONTENDS", "ALGORITHM", "BACKENDS", "FLOWS", "PACKETS", "BYTES", "OWNER"];
         if style.wide {
             headers.splice(5..7, ["TOTAL", "PACKETS-IN", "PACKETS-OUT", "BYTES-IN", "BYTES-OUT"]);
-            headers.splice(3..3, ["SNAT", "AFFINITY", "EXTERNAL", "INTERNAL"]);
+            headers.splice(3..3, ["SNAT", "MODE", "AFFINITY", "EXTERNAL", "INTERNAL"]);
             headers.push("PROBLEM");
         }
         let row = |service: &ServiceView| {
@@ -110,9 +111,11 @@ impl View for List<ServiceView> {
                 let counters =
                     [service.flows, service.packets_in, service.packets_out, service.bytes_in, service.bytes_out];
                 row.extend(counters.map(short));
-                let ServiceView { snat, affinity, external_traffic_policy, internal_traffic_policy, .. } = service;
+                let ServiceView { snat, mode, affinity, external_traffic_policy, internal_traffic_policy, .. } =
+                    service;
                 let words = [
                     snat.to_string(),
+                    mode.to_string(),
                     affinity.to_string(),
                     external_traffic_policy.to_string(),
                     internal_traffic_policy.to_string(),

@@ -81,18 +81,31 @@ default/web  10.96.0.1:80/tcp,10.96.0.1:443/tcp  maglev  snat auto  owner api  1
 }
 
 #[test]
+fn the_mode_is_chosen_and_shown() {
+    let daemon = TestDaemon::start(CONFIG);
+    ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80 --mode dsr");
+    assert!(ok(&daemon, "svc show web").contains("\n  mode: dsr\n"));
+    let shown = || serde_json::from_str::<Value>(&ok(&daemon, "svc show web -o json")).unwrap()["mode"].clone();
+    ok(&daemon, "svc set web --algorithm random");
+    assert_eq!(shown(), "dsr", "still");
+    ok(&daemon, "svc set web --mode nat");
+    assert_eq!(shown(), "nat");
+    assert!(!ok(&daemon, "svc show web").contains("mode:"));
+}
+
+#[test]
 fn how_clients_get_an_address_of_the_node_is_chosen_and_shown() {
     let daemon = TestDaemon::start(CONFIG);
     ok(&daemon, "svc add 10.96.0.1:80/tcp --name web --backend 10.244.0.1:80 --snat always");
     assert!(ok(&daemon, "svc show web").contains("  maglev  snat always  owner api  "));
     let wide = ok(&daemon, "svc list -o wide");
-    let columns: Vec<Vec<_>> = wide.lines().map(|line| line.split_whitespace().skip(2).take(6).collect()).collect();
+    let columns: Vec<Vec<_>> = wide.lines().map(|line| line.split_whitespace().skip(2).take(7).collect()).collect();
     assert_eq!(
         columns,
         [
-            ["ALGORITHM", "SNAT", "AFFINITY", "EXTERNAL", "INTERNAL", "BACKENDS"],
-            ["maglev", "auto", "none", "cluster", "cluster", "1/1"],
-            ["maglev", "always", "none", "cluster", "cluster", "1/1"]
+            ["ALGORITHM", "SNAT", "MODE", "AFFINITY", "EXTERNAL", "INTERNAL", "BACKENDS"],
+            ["maglev", "auto", "nat", "none", "cluster", "cluster", "1/1"],
+            ["maglev", "always", "nat", "none", "cluster", "cluster", "1/1"]
         ],
         "{wide}"
     );
@@ -359,6 +372,7 @@ fn every_kind_of_failure_has_its_exit_code_and_hint() {
         ("backend set web 10.0.0.1:80 --weight 1", ExitCode::NotFound, "service web has no backend 10.0.0.1:80", ""),
         ("svc set web", ExitCode::Usage, "required", ""),
         ("svc set web --snat sometimes", ExitCode::Usage, "invalid value 'sometimes' for '--snat <SNAT>'", ""),
+        ("svc set web --mode dsr --snat always", ExitCode::Failed, "has mode dsr, where backends see", ""),
         (
             "svc set web --node-port none --node-port 1",
             ExitCode::Usage,

@@ -310,6 +310,14 @@ pub struct Masquerade {
     pub exclude: Cidrs,
 }
 
+/// `[dsr]`: whose wrapped packets are unwrapped.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Dsr {
+    /// Addresses of balancing nodes.
+    pub accept_from: Cidrs,
+}
+
 /// `[log]`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -1,7 +1,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::model::{Algorithm, BackendState, SnatMode};
+use crate::model::{Algorithm, BackendState, Mode, SnatMode};
 
 fn parse(text: &str) -> Config {
     Config::parse("netlb.toml", text).unwrap_or_else(|error| panic!("{error}"))
@@ -118,11 +118,29 @@ frontend = "[fd00::10]:53/udp"
 }
 
 #[test]
+fn a_service_with_direct_server_return_and_the_nodes_that_are_accepted() {
+    let config = parse(
+        r#"
+[dsr]
+accept_from = ["192.168.0.0/24", "fd00::/64"]
+[[service]]
+frontend = "10.96.0.10:80/tcp"
+mode = "dsr"
+"#,
+    );
+    assert_eq!(config.dsr.accept_from.networks().len(), 2);
+    assert_eq!(config.services[0].definition().mode, Mode::Dsr);
+    assert!(parse("").dsr.accept_from.networks().is_empty());
+    let both = "[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nmode = \"dsr\"\nsnat = \"never\"\n";
+    assert!(refused(both).contains("has mode dsr, where backends see clients' addresses, and snat never"));
+}
+
+#[test]
 fn an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one() {
     assert_eq!(
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackend = [\"10.244.1.2:8080\"]\n"),
         "\
-netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
+netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `mode`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
   |
 3 | backend = [\"10.244.1.2:8080\"]
   | ^^^^^^^
@@ -387,7 +405,7 @@ mod written_and_read {
     use super::parse;
     use crate::{
         model::{
-            Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, NodePort, Placement,
+            Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Mode, NodePort, Placement,
             Protocol, Publish, Service, SnatMode, TrafficPolicy, Weight,
         },
         spec::ServiceSpec,
@@ -461,14 +479,15 @@ mod written_and_read {
 
     fn any_service() -> impl Strategy<Value = Service> {
         let ways = (any_frontends(1), any_frontends(2), any_frontends(3), any_ports());
-        let how = (any_snat(), any_affinity(), any_policy(), any_policy());
+        let any_mode = prop_oneof![Just(Mode::Nat), Just(Mode::Dsr)];
+        let how = (any_snat(), any_mode, any_affinity(), any_policy(), any_policy());
         let ranges = vec((any::<[u8; 4]>(), 0..=32_u8), 0..3);
         (option::of("[a-z][a-z0-9/_.-]{0,20}"), ways, ranges, any_backends(), how).prop_filter_map(
             "is reached somewhere",
             |(name, (frontends, external_ips, load_balancer_ips, (node_ports, publish)), ranges, backends, how)| {
                 let range =
                     |(address, length): ([u8; 4], u8)| ipnet::IpNet::new(address.into(), length).unwrap().trunc();
-                let (snat, affinity, external_traffic_policy, internal_traffic_policy) = how;
+                let (snat, mode, affinity, external_traffic_policy, internal_traffic_policy) = how;
                 let source_ranges =
                     if load_balancer_ips.is_empty() { vec![] } else { ranges.into_iter().map(range).collect() };
                 let algorithm = Algorithm::Random;
@@ -483,6 +502,7 @@ mod written_and_read {
                     backends,
                     algorithm,
                     snat,
+                    mode: if snat == SnatMode::Auto { mode } else { Mode::Nat },
                     affinity,
                     external_traffic_policy,
                     internal_traffic_policy,

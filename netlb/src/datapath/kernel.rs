@@ -148,6 +148,7 @@ impl Datapath {
                 layout::networks(config.masquerade.pod_cidrs.networks()),
                 layout::networks(config.masquerade.exclude.networks()),
             ),
+            dsr_from: layout::networks(config.dsr.accept_from.networks()),
             echo: config.node.echo,
             xdp: config.node.xdp != Xdp::Off,
             sockets: config.socket.scope,

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::DesiredState;
 use crate::{
     model::{
-        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Owner, Publish, Service,
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Mode, Owner, Publish, Service,
         ServiceError, SnatMode, TrafficPolicy, Weight, describe_claim, parse_claim,
     },
     nearest::nearest,
@@ -98,6 +98,9 @@ pub struct ServicePatch {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub snat: Option<SnatMode>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub mode: Option<Mode>,
     /// `none`, `client-ip` or `client-ip:SECONDS`
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -412,6 +415,7 @@ fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, SpecError> {
         backends,
         algorithm,
         snat,
+        mode,
         affinity,
         external_traffic_policy,
         internal_traffic_policy,
@@ -427,6 +431,7 @@ fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, SpecError> {
         );
         replace(&mut definition.algorithm, algorithm);
         replace(&mut definition.snat, snat);
+        replace(&mut definition.mode, mode);
         replace(&mut definition.affinity, affinity);
         replace(&mut definition.external_traffic_policy, external_traffic_policy);
         replace(&mut definition.internal_traffic_policy, internal_traffic_policy);

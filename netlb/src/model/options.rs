@@ -57,6 +57,26 @@ impl fmt::Display for SnatMode {
     }
 }
 
+/// How packets from outside get to backends that are not behind this node.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Translated; replies come back through this node.
+    #[default]
+    Nat,
+    /// Wrapped in a packet to the backend. Its node unwraps it, and replies go straight to the client ("direct server return").
+    Dsr,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nat => "nat",
+            Self::Dsr => "dsr",
+        })
+    }
+}
+
 /// The source that declared a service. Only its owner changes a service.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -9,7 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{Affinity, Algorithm, Backend, Frontend, NodePort, Publish, SnatMode, TrafficPolicy, parse_claim};
+use super::{Affinity, Algorithm, Backend, Frontend, Mode, NodePort, Publish, SnatMode, TrafficPolicy, parse_claim};
 
 /// What a service consists of: the ways it is reached by, the backends its traffic goes to, and how.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -29,6 +29,7 @@ pub struct Definition {
     pub backends: Vec<Backend>,
     pub algorithm: Algorithm,
     pub snat: SnatMode,
+    pub mode: Mode,
     pub affinity: Affinity,
     /// Of all ways but the cluster addresses.
     pub external_traffic_policy: TrafficPolicy,
@@ -73,6 +74,10 @@ pub enum ServiceError {
     PublishTargets { service: String, first: Publish, second: Publish },
     #[error("service `{0}` has source ranges and no load-balancer address, which are the only ones they are for")]
     RangesForNothing(String),
+    #[error(
+        "service `{service}` has mode dsr, where backends see clients' addresses, and snat {snat}; leave one of them out"
+    )]
+    DsrWithSnat { service: String, snat: SnatMode },
 }
 
 impl Service {
@@ -113,6 +118,9 @@ impl Service {
         check_publish(&service, &definition)?;
         if !definition.source_ranges.is_empty() && definition.load_balancer_ips.is_empty() {
             return Err(ServiceError::RangesForNothing(service));
+        }
+        if definition.mode == Mode::Dsr && definition.snat != SnatMode::Auto {
+            return Err(ServiceError::DsrWithSnat { service, snat: definition.snat });
         }
         Ok(Self { definition: Definition { name: Some(service.clone()), ..definition }, name: service })
     }

@@ -280,6 +280,7 @@ pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Op
         pods: options.pods,
         masquerade: options.masquerade.0,
         masquerade_except: options.masquerade.1,
+        dsr_from: options.dsr_from,
         snat_pools: [IpAddr::is_ipv4, IpAddr::is_ipv6]
             .map(|is| pool(options.snat.addresses.iter().filter(|ip| is(ip)))),
     }

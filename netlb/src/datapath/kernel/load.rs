@@ -44,6 +44,8 @@ pub(super) struct Options<'a> {
     pub(super) pods: Networks,
     /// Addresses that leave with one of the node in their place, and destinations where they do not.
     pub(super) masquerade: (Networks, Networks),
+    /// Nodes whose wrapped packets are unwrapped.
+    pub(super) dsr_from: Networks,
     /// Whether services answer echo requests.
     pub(super) echo: bool,
     /// Whether the XDP program is wanted.

@@ -76,14 +76,17 @@ pub struct Site {
     pub pods: Networks,
     /// Addresses that leave with one of the node in their place, and destinations where they do not.
     pub masquerade: (Networks, Networks),
+    /// Nodes whose wrapped packets are unwrapped.
+    pub dsr_from: Networks,
     pub echo: bool,
     pub snat: Snat,
 }
 
 impl Default for Site {
     fn default() -> Self {
-        let masquerade = (Networks::NONE, Networks::NONE);
-        Self { owned: Networks::NONE, pods: Networks::NONE, masquerade, echo: true, snat: Snat::default() }
+        let none = Networks::NONE;
+        let masquerade = (none, none);
+        Self { owned: none, pods: none, masquerade, dsr_from: none, echo: true, snat: Snat::default() }
     }
 }
 
@@ -125,6 +128,7 @@ impl Harness {
             owned: site.owned,
             pods: site.pods,
             masquerade: site.masquerade,
+            dsr_from: site.dsr_from,
             echo: site.echo,
             xdp: true,
             sockets: SocketScope::Off,

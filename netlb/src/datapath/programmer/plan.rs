@@ -4,7 +4,7 @@ use netlb_common::maps::{Backend, Config};
 
 use super::*;
 use crate::{
-    model,
+    model::{self, Mode},
     resolve::{Kind, Node, Resolved, ResolvedFrontend, Rule, Set, Snat},
 };
 
@@ -125,6 +125,7 @@ impl<'a> Plan<'a> {
             flags |= Config::RANGES | if_so(self.resolved.ranges_have_node, Config::RANGES_HAVE_NODE);
         }
         flags |= if_so(frontend.kind == Kind::Node, Config::NODE);
+        flags |= if_so(self.service.definition().mode == Mode::Dsr, Config::DSR);
         flags | if_so(self.resolved.drops(rule.set), Config::DROP) | if_so(rule.set == Set::Local, Config::LOCAL)
     }
 

@@ -1,0 +1,99 @@
+//! Packets for which another node has chosen the backend: it wrapped them, and the outer destination says whom for.
+
+use super::{Known, Lookup, Offer, Tables, Translation, Verdict, first_member, in_force, insert, leave, member_id};
+use crate::{
+    addr::Addr,
+    conntrack::Direction,
+    counters::Counter,
+    flow::{Family, Parsed},
+    maps::{EndpointKey, algorithm},
+    select,
+    snat::Snat,
+};
+
+/// Members among which an address is looked for. With Maglev, the first one is nearly always it.
+const SEARCHED: u32 = 1024;
+
+/// A backend at an address, as one word: what a subprogram returns. Its id, and from bit 32 the index in `CONFIGS`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct At(pub u64);
+
+impl At {
+    /// The packet is to no service.
+    pub const NO_SERVICE: Self = Self(0);
+    /// Its service has no backend there.
+    pub const NOBODY: Self = Self(u64::MAX);
+
+    #[inline(always)]
+    const fn id(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    const fn config(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// The backend at an address of the service that a packet is to. Of several with different ports it is the one that the hash comes to first.
+///
+/// Policies were asked where it was chosen.
+#[inline(always)]
+pub fn backend_at<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, address: Addr) -> At {
+    let tuple = &packet.tuple;
+    let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
+    let Some((index, config)) = in_force(&tables, &key) else { return At::NO_SERVICE };
+    let hash = if config.algorithm == algorithm::MAGLEV { select::hash(tuple) } else { 0 };
+    let is_hashed = config.algorithm == algorithm::MAGLEV && config.affinity == 0;
+    let first = if is_hashed { first_member(tables, config, hash).unwrap_or(0) } else { 0 };
+    for n in 0..SEARCHED {
+        if n >= config.members_len {
+            break;
+        }
+        let Some(id) = member_id(tables, config, first + n) else { break };
+        let Some(backend) = tables.backend(id) else { break };
+        if backend.addr == address {
+            return At((index as u64) << 32 | id as u64);
+        }
+    }
+    At::NOBODY
+}
+
+/// Whether a packet is of a flow to the address that it was sent to. `known` is what [`known`] said.
+///
+/// [`known`]: super::known
+#[inline(always)]
+pub fn belongs<A: Family>(known: Known, translation: &Translation<A>, address: Addr) -> bool {
+    matches!(known, Known::Translate | Known::Tend)
+        && translation.direction == Direction::Forward
+        && !translation.has_snat
+        && translation.address.to_map() == address
+}
+
+/// Makes the flow of a packet to a backend that another node has chosen. What it was before is over: that node knows. It keeps its source: its
+/// replies come back through this node.
+#[inline(always)]
+pub fn adopt<A: Family, T: Tables>(
+    tables: T,
+    packet: &Parsed<A>,
+    lookup: &Lookup,
+    at: At,
+    translation: &mut Translation<A>,
+) -> Verdict {
+    let (Some(config), Some(backend)) = (tables.config(at.config()), tables.backend(at.id())) else {
+        return Verdict::Drop;
+    };
+    if let Some(found) = tables.find(lookup.fingerprint, lookup.now) {
+        leave(tables, lookup.fingerprint, found, lookup.now);
+    }
+    *translation = Translation::to_backend(backend, true);
+    match insert(tables, packet, Some(config), at.id(), lookup, Snat::NONE, translation) {
+        Offer::Taken => Verdict::Translate,
+        Offer::Conflict => {
+            tables.count(Counter::FlowConflict);
+            Verdict::Drop
+        }
+        _ => Verdict::Drop,
+    }
+}
