@@ -27,6 +27,7 @@ const CASES: &[(&str, &str)] = &[
     ("ipv6", "IPv6, 1000 flows"),
     ("reply", "replies, 1000 flows"),
     ("not_ours", "not ours, pod's interface"),
+    ("not_ours_backend", "not ours, a backend's answer to whom it served without the service"),
     ("snat_1", "SNAT by one uplink, 1 flow"),
     ("snat_64k", "SNAT by one uplink, 64k flows"),
     ("snat_1m", "SNAT by one uplink, 1M flows"),
@@ -186,7 +187,7 @@ fn path_tables(rows: &[PathRow]) -> String {
                 continue;
             }
             let at = Vec::from_iter(sizes.iter().map(u32::to_string)).join(" / ");
-            let _ = writeln!(text, "{what}, as a ratio to direct; {}, with {at} services:\n", scope.what());
+            let _ = writeln!(text, "{what}, as a ratio to direct: {}. Number of services: {at}.\n", scope.what());
             table(
                 &mut text,
                 [""].into_iter().chain(measures.iter().copied()),

@@ -134,7 +134,7 @@ pub(crate) fn run(options: &Options) -> Result<Vec<PathRow>> {
     let budget = match options.scale {
         Scale::Smoke => Duration::ZERO,
         Scale::Quick => Duration::from_secs(110),
-        Scale::Full => Duration::from_secs(840),
+        Scale::Full => Duration::from_secs(780),
     };
     let sizes = |stage: &Stage| match options.scale {
         Scale::Smoke => &[1],
@@ -244,7 +244,7 @@ fn stage_rows(options: &Options, stage: &Stage, services: u32, deadline: Instant
     Ok(rows)
 }
 
-/// Says what went wrong with a peer, which is no reason to stop measuring the others, but where the question is whether all can be measured.
+/// Says what went wrong with a peer: no reason to stop measuring the others, but where the question is whether all can be measured.
 fn blame(options: &Options, what: std::fmt::Arguments<'_>) -> Result<()> {
     if options.scale == Scale::Smoke {
         bail!("path: {what}");

@@ -144,8 +144,7 @@ impl Report {
 /// Prints the goals with what came of them.
 pub(crate) fn print_goals<'a>(goals: impl IntoIterator<Item = &'a Goal>, out: &mut impl Write) -> io::Result<()> {
     let rows = goals.into_iter().map(|goal| {
-        let at_most = format!("{:.2}", goal.at_most);
-        vec![goal.what.clone(), at_most, figure(goal.figure), goal.outcome().to_owned()]
+        vec![goal.what.clone(), figure(Some(goal.at_most)), figure(goal.figure), goal.outcome().to_owned()]
     });
     print_table(out, &["GOAL", "AT MOST", "MEASURED", "REACHED"], 1, rows)
 }

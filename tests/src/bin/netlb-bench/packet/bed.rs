@@ -141,7 +141,7 @@ impl Bed {
             }
         }
         // What leaves by egress is sent by the kernel.
-        let is_sent = case.traffic != Traffic::Foreign && hook != Hook::Egress;
+        let is_sent = !case.traffic.is_foreign() && hook != Hook::Egress;
         let of_packets = |is_so| if is_so { u64::from(packets) } else { 0 };
         ensure!(made == of_packets(case.traffic == Traffic::New), "{made} flows of {packets} packets");
         ensure!(sent == of_packets(is_sent), "{sent} of {packets} packets sent");

@@ -33,6 +33,8 @@ pub(crate) struct Case {
     /// Whether flows are spread over all services, or all to the first.
     pub(crate) is_spread: bool,
     pub(crate) size: Size,
+    /// Whether a quick run has it.
+    pub(crate) quick: bool,
 }
 
 /// What the node is like, and so what becomes of packets.
@@ -64,6 +66,15 @@ pub(crate) enum Traffic {
     New,
     /// To something that is no service.
     Foreign,
+    /// From where backends serve, of flows that are not: what backends answer to those who ask them themselves.
+    Strays,
+}
+
+impl Traffic {
+    /// Whether programs are to leave it alone.
+    pub(crate) fn is_foreign(self) -> bool {
+        matches!(self, Self::Foreign | Self::Strays)
+    }
 }
 
 /// How many services there are, and how much room for flows.
@@ -92,7 +103,7 @@ const fn services(services: u32) -> Size {
 
 const fn requests(name: &'static str, flows_log2: u32) -> Case {
     let (scene, traffic) = (Scene::Pods, Traffic::Requests);
-    Case { name, scene, traffic, packets: TCP, flows_log2, is_spread: false, size: USUAL }
+    Case { name, scene, traffic, packets: TCP, flows_log2, is_spread: false, size: USUAL, quick: true }
 }
 
 /// From outside, to backends outside.
@@ -136,6 +147,7 @@ pub(crate) const GROUPS: &[Group] = &[
             &[Case { packets: TCP_V6, ..requests("ipv6", 10) }],
             &[Case { traffic: Traffic::Replies, ..requests("reply", 10) }],
             &[foreign("not_ours", Scene::Pods, USUAL)],
+            &[Case { traffic: Traffic::Strays, ..foreign("not_ours_backend", Scene::Pods, USUAL) }],
         ],
     },
     Group {
@@ -161,7 +173,7 @@ pub(crate) const GROUPS: &[Group] = &[
         what: "a million flows",
         sets: &[
             &[Case { size: MILLION_FLOWS, ..requests("established_1m", 20) }],
-            &[Case { size: MILLION_TO_MANY, ..snat("snat_1m", 20) }],
+            &[Case { size: MILLION_TO_MANY, quick: false, ..snat("snat_1m", 20) }],
         ],
     },
     Group {
@@ -214,7 +226,7 @@ impl Case {
     pub(crate) fn packets(&self, seed: u64) -> Packets {
         match self.traffic {
             Traffic::Requests => self.requests(ACK).shuffled(seed),
-            Traffic::Replies => self.replies(ACK).shuffled(seed),
+            Traffic::Replies | Traffic::Strays => self.replies(ACK).shuffled(seed),
             Traffic::New => self.requests(SYN),
             Traffic::Foreign => {
                 let foreign = SocketAddr::new(numbered(self.packets.vip(0).ip(), 200), 80);
@@ -229,7 +241,7 @@ impl Case {
         let request = |segment| (sent, self.requests(segment));
         let reply = |segment| (Hook::Ingress, self.replies(segment));
         match (self.traffic, self.packets.protocol) {
-            (Traffic::New | Traffic::Foreign, _) => Vec::new(),
+            (Traffic::New | Traffic::Foreign | Traffic::Strays, _) => Vec::new(),
             (_, Protocol::Tcp) => vec![request(SYN), reply(SYN_ACK), request(ACK)],
             (_, Protocol::Udp) => vec![request(ACK), reply(ACK)],
         }
@@ -247,12 +259,12 @@ impl Case {
 
     /// What a program should answer to such packets.
     pub(crate) fn verdict(&self, hook: Hook) -> i32 {
-        match (hook, self.traffic, self.scene) {
-            (Hook::Xdp, Traffic::Foreign, _) => XDP_PASS,
-            (Hook::Xdp, _, Scene::Uplink) => XDP_TX,
-            (Hook::Xdp, ..) => XDP_REDIRECT,
-            (Hook::Ingress, Traffic::Foreign, _) | (Hook::Egress, ..) => PASS,
-            (Hook::Ingress, ..) => REDIRECT,
+        match (hook, self.traffic.is_foreign(), self.scene) {
+            (Hook::Xdp, true, _) => XDP_PASS,
+            (Hook::Xdp, false, Scene::Uplink) => XDP_TX,
+            (Hook::Xdp, false, _) => XDP_REDIRECT,
+            (Hook::Ingress, true, _) | (Hook::Egress, ..) => PASS,
+            (Hook::Ingress, false, _) => REDIRECT,
         }
     }
 
@@ -457,7 +469,7 @@ mod tests {
 
     #[test]
     fn replies_are_those_to_the_requests() {
-        for case in cases().filter(|case| case.traffic != Traffic::Foreign) {
+        for case in cases().filter(|case| !case.traffic.is_foreign()) {
             let (mut requests, mut replies) = (case.requests(ACK), case.replies(ACK));
             let services = services_of(case.scene, case.size);
             let services = services.iter().map(|one| (one.frontends()[0].address, one.backends()[0].address));

@@ -18,15 +18,17 @@ pub(crate) struct Effort {
     /// Cases with more are left out, and what would be compared with them.
     services: u32,
     flows: u32,
+    /// Whether there is time for all cases.
+    is_full: bool,
 }
 
 /// Many short rounds rather than few long ones: on a busy machine, programs that take turns often have the same share of bad times.
 pub(crate) const QUICK: Effort =
-    Effort { rounds: 11, packets: 1 << 15, new_flows: 1 << 16, services: u32::MAX, flows: u32::MAX };
-pub(crate) const FULL: Effort = Effort { rounds: 31, packets: 1 << 17, ..QUICK };
+    Effort { rounds: 7, packets: 1 << 15, new_flows: 1 << 16, services: u32::MAX, flows: u32::MAX, is_full: false };
+pub(crate) const FULL: Effort = Effort { rounds: 31, packets: 1 << 17, is_full: true, ..QUICK };
 /// Shows that everything runs. Its times say nothing.
 pub(crate) const SMOKE: Effort =
-    Effort { rounds: 1, packets: 1 << 8, new_flows: 1 << 8, services: 1024, flows: 1 << 10 };
+    Effort { rounds: 1, packets: 1 << 8, new_flows: 1 << 8, services: 1024, flows: 1 << 10, ..QUICK };
 /// Of the packets of a round, so many go before them, to have code and data where they will be.
 const WARM_UP: u32 = 8;
 
@@ -53,7 +55,9 @@ pub(crate) fn group(harness: &mut Harness, lru: &[u8], group: &Group, effort: Ef
 
 impl Effort {
     fn has(&self, case: &Case) -> bool {
-        case.size.services <= self.services && (case.traffic == Traffic::New || 1 << case.flows_log2 <= self.flows)
+        let is_small =
+            case.size.services <= self.services && (case.traffic == Traffic::New || 1 << case.flows_log2 <= self.flows);
+        is_small && (case.quick || self.is_full)
     }
 }
 
@@ -104,8 +108,8 @@ impl Contender<'_> {
         if self.case.traffic != Traffic::New && flows > count { flows } else { count / WARM_UP }
     }
 
-    /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows, not
-    /// those of the turn before.
+    /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows,
+    /// not those of the turn before.
     fn run(&self, harness: &mut Harness, bed: Option<&mut Bed>, effort: Effort, seed: u64) -> Result<f64> {
         let Self { case, target, .. } = self;
         let count = self.packets(effort);

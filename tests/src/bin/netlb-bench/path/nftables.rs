@@ -25,7 +25,8 @@ table inet firewall {
 }
 ";
 
-/// The tables of the services, one for each family: a map from their addresses to chains, and a map of numbers to chains of endpoints in each.
+/// The tables of the services, one for each family: a map from their addresses to chains, and a map of numbers to chains of endpoints in
+/// each.
 pub(crate) fn rules(services: &[Service]) -> String {
     let of_family = |family| Vec::from_iter(services.iter().filter(|service| service.family() == family));
     let tables = Family::BOTH.map(of_family).into_iter().filter(|services| !services.is_empty());

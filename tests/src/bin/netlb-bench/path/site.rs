@@ -82,8 +82,8 @@ impl Site {
     }
 }
 
-/// Makes the uplink alike for all peers, and like a wire: senders sum their packets themselves, and cards poll, as a veth does only if asked
-/// to, or where an XDP program is. Without a load balancer packets take the same way, by the node.
+/// Makes the uplink alike for all peers, and like a wire: senders sum their packets themselves, and cards poll, as a veth does only if
+/// asked to, or where an XDP program is. Without a load balancer packets take the same way, by the node.
 fn wire_uplink(bed: &Testbed, backends: &[Pod]) -> Result<()> {
     let (node, outside) = (&bed.node_a().ns, bed.outside()?);
     for pod in backends {
