@@ -40,6 +40,8 @@ struct Stage {
     /// Numbers of services.
     sizes: &'static [u32],
     quick_sizes: &'static [u32],
+    /// Of the time there is, for each size.
+    share: u32,
     measures: &'static [Measure],
 }
 
@@ -79,6 +81,7 @@ const STAGES: &[Stage] = &[
         scene: Scene::Near,
         sizes: &[1, 1000, 10_000],
         quick_sizes: &[1, 1000],
+        share: 3,
         measures: &[
             Measure::new(CONNECTIONS, Traffic::Connections, 1200),
             Measure::new(ROUND_TRIPS, Traffic::RoundTrips, 6000),
@@ -95,6 +98,7 @@ const STAGES: &[Stage] = &[
         scene: Scene::Far,
         sizes: &[1, 1000],
         quick_sizes: &[1],
+        share: 1,
         measures: &[
             Measure::new("new TCP connection, by the uplink", Traffic::Connections, 800).outside(),
             Measure::new("TCP_RR, by the uplink", Traffic::RoundTrips, 4000).outside(),
@@ -144,9 +148,10 @@ pub(crate) fn run(options: &Options) -> Result<Vec<PathRow>> {
     let all = Vec::from_iter(STAGES.iter().flat_map(|stage| sizes(stage).iter().map(move |size| (stage, *size))));
     let begin = Instant::now();
     let mut rows = Vec::new();
-    for ((stage, size), left) in all.iter().zip((1..=all.len() as u32).rev()) {
+    for (index, (stage, size)) in all.iter().enumerate() {
         // What one does not use is there for the next ones.
-        let deadline = Instant::now() + budget.saturating_sub(begin.elapsed()) / left;
+        let shares: u32 = all[index..].iter().map(|(stage, _)| stage.share).sum();
+        let deadline = Instant::now() + budget.saturating_sub(begin.elapsed()) * stage.share / shares;
         rows.extend(stage_rows(options, stage, *size, deadline)?);
     }
     Ok(rows)

@@ -74,6 +74,13 @@ pub(crate) const PEERS: &[Peer] = &[
         .quick(),
     Peer::new("netlb stack", Reach::Service, |site, services| netlb(Forwarding::Stack, site, services)),
     Peer::new(NETLB_SOCKET, Reach::Service, netlb_socket).quick(),
+    // What those pay who do not use the service.
+    Peer::new("netlb, but direct", Reach::Backends, |site, services| {
+        Ok(match netlb(Forwarding::Fast, site, services)? {
+            Balancer::Netlb(netlb) => Balancer::NetlbUnused(netlb),
+            other => other,
+        })
+    }),
     Peer::new(NETLB_XDP, Reach::Service, netlb_xdp).far_only().quick(),
 ];
 
@@ -134,6 +141,8 @@ pub(crate) enum Balancer {
     Netlb(Box<Netlb>),
     /// At the client's socket: packets are between client and backend.
     NetlbSocket(Box<Netlb>),
+    /// It sees the packets, which are not for it.
+    NetlbUnused(Box<Netlb>),
     /// At XDP of the uplink.
     NetlbXdp {
         netlb: Box<Netlb>,
@@ -160,6 +169,10 @@ impl Balancer {
             Self::NetlbSocket(netlb) => {
                 let (sockets, packets) = (counted(netlb, "flows")?, counted(netlb, "packetsIn")?);
                 ensure!(sockets > 0 && packets == 0, "netlb counts {sockets} sockets and {packets} packets");
+            }
+            Self::NetlbUnused(netlb) => {
+                let packets = counted(netlb, "packetsIn")?;
+                ensure!(packets == 0, "netlb counts {packets} packets that were not for it");
             }
             Self::NetlbXdp { netlb, .. } => {
                 let packets = netlb.counter("sent_by_xdp")?;
