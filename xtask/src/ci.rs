@@ -4,9 +4,9 @@ use anyhow::Result;
 
 use crate::lint::Lint;
 use crate::test::Test;
-use crate::{setup, ui};
+use crate::{bench, setup, ui};
 
-/// Set up, lint and test, as for every change
+/// Set up, lint, test, and see that the bench works, as for every change
 #[derive(Debug, clap::Args)]
 pub(crate) struct Ci {
     #[command(flatten)]
@@ -19,13 +19,9 @@ impl Ci {
         // A lint is no reason to hide what the tests say.
         let lint = Lint {}.run();
         let test = Test::everything(self.setup).run();
-        match (lint, test) {
-            (Err(lint), Err(test)) => {
-                ui::error(&lint);
-                Err(test)
-            }
-            (Err(error), Ok(())) | (Ok(()), Err(error)) => Err(error),
-            (Ok(()), Ok(())) => Ok(()),
-        }
+        let mut errors = Vec::from_iter([lint, test, bench::smoke()].into_iter().filter_map(Result::err));
+        let Some(last) = errors.pop() else { return Ok(()) };
+        errors.iter().for_each(ui::error);
+        Err(last)
     }
 }

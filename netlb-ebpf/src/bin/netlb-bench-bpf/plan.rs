@@ -36,9 +36,11 @@ pub(crate) struct Endpoint {
     pub(crate) first_host: u32,
     pub(crate) first_port: u32,
     pub(crate) ports_log2: u32,
+    /// How many hosts there are besides the first: a power of two less one. After the last comes the first again.
+    pub(crate) more_hosts: u32,
 }
 
-const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 20 + 4);
+const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 24 + 4);
 
 impl Plan {
     /// The flow that the next packet belongs to.
@@ -65,7 +67,7 @@ impl Plan {
 impl Endpoint {
     #[inline(always)]
     pub(crate) fn host(&self, number: u32) -> u16 {
-        (self.first_host + (number >> (self.ports_log2 & 31))) as u16
+        (self.first_host + ((number >> (self.ports_log2 & 31)) & self.more_hosts)) as u16
     }
 
     #[inline(always)]

@@ -13,11 +13,11 @@ use netlb_integration::topology::{Layout, Plan};
 
 use self::change::{Bystander, Times};
 use self::status::{Status, cpu_time, resident};
-use crate::Options;
 use crate::notes::note;
 use crate::path::peers::netlb_config;
 use crate::path::services::others;
 use crate::report::{ControlRow, Goal};
+use crate::{Options, Scale};
 
 const NETLB: &str = "netlb";
 const LOAD: &str = "load";
@@ -33,7 +33,7 @@ const DESIGN_LOAD: u32 = 262_144;
 const USUAL: u32 = 10_000;
 
 /// How much is measured.
-struct Scale {
+struct Extent {
     sizes: &'static [u32],
     /// Numbers of services that peers are loaded with, and how long that may take.
     peers: &'static [u32],
@@ -42,7 +42,11 @@ struct Scale {
     idle: Duration,
 }
 
-const QUICK: Scale = Scale {
+/// Shows that everything runs.
+const SMOKE: Extent =
+    Extent { sizes: &[100], peers: &[100], limit: Duration::from_secs(5), changes: 10, idle: Duration::ZERO };
+
+const QUICK: Extent = Extent {
     sizes: &[1000, USUAL],
     peers: &[1000],
     limit: Duration::from_secs(5),
@@ -50,7 +54,7 @@ const QUICK: Scale = Scale {
     idle: Duration::from_secs(5),
 };
 
-const FULL: Scale = Scale {
+const FULL: Extent = Extent {
     sizes: &[1000, USUAL, 100_000],
     peers: &[1000, USUAL],
     limit: Duration::from_secs(40),
@@ -59,14 +63,18 @@ const FULL: Scale = Scale {
 };
 
 pub(crate) fn run(options: &Options) -> Result<Vec<ControlRow>> {
-    let scale = if options.quick { &QUICK } else { &FULL };
+    let extent = match options.scale {
+        Scale::Smoke => &SMOKE,
+        Scale::Quick => &QUICK,
+        Scale::Full => &FULL,
+    };
     let mut rows = Vec::new();
-    for &services in scale.sizes {
-        rows.extend(netlb_rows(scale, services)?);
+    for &services in extent.sizes {
+        rows.extend(netlb_rows(extent, services)?);
     }
-    for &services in scale.peers {
+    for &services in extent.peers {
         for peer in load::PEERS {
-            rows.push(row(LOAD, services, peer.name, load::seconds(peer, services, scale.limit)?, None));
+            rows.push(row(LOAD, services, peer.name, load::seconds(peer, services, extent.limit)?, None));
         }
     }
     Ok(rows)
@@ -99,7 +107,7 @@ pub(crate) fn goals(rows: &[ControlRow]) -> Vec<Goal> {
     goals
 }
 
-fn netlb_rows(scale: &Scale, services: u32) -> Result<Vec<ControlRow>> {
+fn netlb_rows(extent: &Extent, services: u32) -> Result<Vec<ControlRow>> {
     let bed = Plan::new(Layout::Ptp).build()?;
     let bystander = Bystander::new(&bed)?;
     let config = netlb_config(Config::new(bed.node_a(), Forwarding::Fast), &others(services, BACKENDS));
@@ -119,7 +127,7 @@ fn netlb_rows(scale: &Scale, services: u32) -> Result<Vec<ControlRow>> {
         row("memory of the daemon, without its maps", None, Some(resident(netlb.pid())?)),
     ];
     if services <= USUAL {
-        let Times { calls, seen } = bystander.watch(&netlb, scale.changes)?;
+        let Times { calls, seen } = bystander.watch(&netlb, extent.changes)?;
         for (measure, time) in [
             ("API call for one change, p50", calls.percentile(50)),
             ("API call for one change, p99", calls.percentile(99)),
@@ -131,9 +139,9 @@ fn netlb_rows(scale: &Scale, services: u32) -> Result<Vec<ControlRow>> {
     }
     if services == USUAL {
         let before = cpu_time(netlb.pid())?;
-        thread::sleep(scale.idle);
+        thread::sleep(extent.idle);
         let used = cpu_time(netlb.pid())?.saturating_sub(before);
-        rows.push(row(IDLE, Some(used.as_secs_f64() / scale.idle.as_secs_f64()), None));
+        rows.push(row(IDLE, Some(used.as_secs_f64() / extent.idle.as_secs_f64()), None));
     }
     Ok(rows)
 }

@@ -2,6 +2,7 @@
 //! load balancers and none, and loads and changes of services.
 
 mod control;
+mod markdown;
 mod notes;
 mod packet;
 mod path;
@@ -11,12 +12,14 @@ mod report;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use netlb_integration::guardian;
 
-use crate::report::Report;
+use crate::markdown::Document;
+use crate::report::{Goal, Report};
 
 /// Measure netlb on this machine
 ///
@@ -26,12 +29,21 @@ struct Args {
     /// Measure less often
     #[arg(long)]
     quick: bool,
+    /// Measure next to nothing, and only show that the bench works: its figures say nothing
+    #[arg(long, conflicts_with = "quick")]
+    smoke: bool,
     /// Measure this part only
     #[arg(long, value_name = "PART")]
     only: Option<Part>,
     /// Write the figures into this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the figures as tables into this file: where it has marks for them, if it is there
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Measure nothing, and show what is in this file, which was written by --json
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "smoke"])]
+    from: Option<PathBuf>,
     /// Write plots (SVG) into this directory
     #[arg(long, value_name = "DIR")]
     plot: Option<PathBuf>,
@@ -44,7 +56,7 @@ struct Args {
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
-enum Part {
+pub(crate) enum Part {
     /// The programs, by BPF_PROG_TEST_RUN
     Packet,
     /// Traffic of real sockets
@@ -53,15 +65,62 @@ enum Part {
     Control,
 }
 
+/// How much is measured.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Scale {
+    /// Next to nothing, within seconds.
+    Smoke,
+    /// What a few minutes have room for.
+    Quick,
+    Full,
+}
+
 /// What every part is told.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    /// Whether a few minutes are all there is.
-    pub(crate) quick: bool,
+    pub(crate) scale: Scale,
     /// The object with the harness programs of the packet part.
     pub(crate) harness: PathBuf,
     /// The object of netlb with an LRU hash for a flow table.
     pub(crate) lru: PathBuf,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Packet, Self::Path, Self::Control];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Packet => "packet",
+            Self::Path => "path",
+            Self::Control => "control",
+        }
+    }
+
+    /// Measures it.
+    fn run(self, options: &Options, report: &mut Report) -> Result<()> {
+        match self {
+            Self::Packet => report.packet = packet::run(options)?,
+            Self::Path => report.path = path::run(options)?,
+            Self::Control => report.control = control::run(options)?,
+        }
+        Ok(())
+    }
+
+    fn has_rows(self, report: &Report) -> bool {
+        match self {
+            Self::Packet => !report.packet.is_empty(),
+            Self::Path => !report.path.is_empty(),
+            Self::Control => !report.control.is_empty(),
+        }
+    }
+
+    fn goals(self, report: &Report) -> Vec<Goal> {
+        match self {
+            Self::Packet => packet::goals(&report.packet),
+            Self::Path => path::goals(&report.path),
+            Self::Control => control::goals(&report.control),
+        }
+    }
 }
 
 fn main() -> Result<()> {
@@ -69,46 +128,62 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let args = Args::parse();
-    if !nix::unistd::geteuid().is_root() {
+    let mut report = Report::default();
+    if let Some(path) = &args.from {
+        let text = fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+        report =
+            serde_json::from_str(&text).with_context(|| format!("not the figures of a bench: {}", path.display()))?;
+    } else if !nix::unistd::geteuid().is_root() {
         bail!("the bench makes network namespaces and loads programs into the kernel: run it as root");
     }
+    let wants = |part: &Part| args.only.is_none_or(|only| only == *part);
+    let mut parts = Vec::from_iter(Part::ALL.into_iter().filter(wants));
+    if args.from.is_some() {
+        parts.retain(|part| part.has_rows(&report));
+    }
+
     // A file that cannot be written should not be found out after the measuring.
     if let Some(dir) = &args.plot {
         fs::create_dir_all(dir).with_context(|| format!("failed to make {}", dir.display()))?;
     }
+    let document = args.markdown.as_ref().map(|path| Document::open(path, parts.iter().copied())).transpose()?;
     let json = args.json.as_ref().map(|path| {
         let file = fs::File::create(path).with_context(|| format!("failed to write {}", path.display()))?;
         anyhow::Ok((path, file))
     });
     let json = json.transpose()?;
 
-    let options = Options { quick: args.quick, harness: args.harness, lru: args.lru };
-    let wants = |part| args.only.is_none_or(|only| only == part);
-    let mut report = Report::default();
-    let mut goals = Vec::new();
-    if wants(Part::Packet) {
-        report.packet = packet::run(&options)?;
-        goals.extend(packet::goals(&report.packet));
+    if args.from.is_none() {
+        let scale = match (args.smoke, args.quick) {
+            (true, _) => Scale::Smoke,
+            (false, true) => Scale::Quick,
+            (false, false) => Scale::Full,
+        };
+        let options = Options { scale, harness: args.harness, lru: args.lru };
+        for part in &parts {
+            let begin = Instant::now();
+            part.run(&options, &mut report)?;
+            progress(format_args!("{}: {:.0?}", part.name(), begin.elapsed()));
+        }
     }
-    if wants(Part::Path) {
-        report.path = path::run(&options)?;
-        goals.extend(path::goals(&report.path));
-    }
-    if wants(Part::Control) {
-        report.control = control::run(&options)?;
-        goals.extend(control::goals(&report.control));
-    }
+    let goals = Vec::from_iter(parts.iter().map(|part| (*part, part.goals(&report))));
 
     if let Some((path, mut file)) = json {
         writeln!(file, "{}", serde_json::to_string_pretty(&report)?)
             .with_context(|| format!("failed to write {}", path.display()))?;
     }
+    if let Some(document) = document {
+        document.write(&report, &goals)?;
+    }
     if let Some(dir) = &args.plot {
         plot::write(&report, dir)?;
     }
+    if args.smoke {
+        return Ok(());
+    }
     let mut out = io::stdout().lock();
     report.print(&mut out)?;
-    report::print_goals(&goals, &mut out)?;
+    report::print_goals(goals.iter().flat_map(|(_, goals)| goals), &mut out)?;
     Ok(())
 }
 

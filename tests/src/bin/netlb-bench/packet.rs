@@ -13,21 +13,47 @@ mod measure;
 #[path = "../../../../netlb-ebpf/src/bin/netlb-bench-bpf/plan.rs"]
 mod plan;
 
+use std::thread;
+
 use anyhow::{Context as _, Result};
+use netlb_integration::exec::Cmd;
 use netlb_integration::lab;
 
 use crate::report::PacketRow;
-use crate::{Options, progress};
+use crate::{Options, Scale, progress};
 
 pub(crate) use goals::goals;
 
-/// Measures all cases. Moves the calling thread into a network namespace.
+#[cfg(test)]
+pub(crate) fn case_names() -> impl Iterator<Item = &'static str> {
+    cases::GROUPS.iter().flat_map(|group| group.sets).flat_map(|set| *set).map(|case| case.name)
+}
+
+/// Measures all cases, in a thread of its own, since that is in another network namespace.
 pub(crate) fn run(options: &Options) -> Result<Vec<PacketRow>> {
+    thread::scope(|scope| {
+        let rows = scope.spawn(|| measure_all(options)).join();
+        rows.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn measure_all(options: &Options) -> Result<Vec<PacketRow>> {
     lab::make_network()?;
+    // The node has an address at its uplink, and a way to the world there.
+    let lines = format!(
+        "address add {}/24 dev clients\nroute add 198.18.0.0/15 via {} dev clients\n",
+        cases::NODE,
+        lab::CASES[0].host(1, 2)
+    );
+    Cmd::new("ip").args(["-batch", "-"]).input(lines).run()?.success()?;
     let mut harness =
         harness::Harness::load(&options.harness).with_context(|| options.harness.display().to_string())?;
     let lru = std::fs::read(&options.lru).with_context(|| options.lru.display().to_string())?;
-    let effort = if options.quick { measure::QUICK } else { measure::FULL };
+    let effort = match options.scale {
+        Scale::Smoke => measure::SMOKE,
+        Scale::Quick => measure::QUICK,
+        Scale::Full => measure::FULL,
+    };
     let mut rows = Vec::new();
     for group in cases::GROUPS {
         progress(format_args!("packets: {}", group.what));

@@ -54,6 +54,7 @@ pub(crate) fn write(report: &Report, dir: &Path) -> Result<()> {
         ("packet.svg", "One packet, harness included", "ns", Scale::Linear, of_packet(packet)),
         ("path-cpu.svg", "CPU time beside direct traffic", "ratio", Scale::Linear, of_path(|row| row.cpu_ratio)),
         ("path-p50.svg", "Median latency beside direct traffic", "ratio", Scale::Linear, of_path(|row| row.p50_ratio)),
+        ("path-p99.svg", "99th percentile beside direct traffic", "ratio", Scale::Linear, of_path(|row| row.p99_ratio)),
         ("path-rate.svg", "Rate beside direct traffic", "ratio", Scale::Linear, of_path(|row| row.rate_ratio)),
         ("control.svg", "Time of changes", "seconds", Scale::Logarithmic, of_control(|row| row.seconds)),
         ("memory.svg", "Kernel memory", "MB", Scale::Logarithmic, of_control(|row| row.kernel_mb)),

@@ -56,6 +56,7 @@ pub(crate) struct PathRow {
     pub peer: String,
     pub cpu_ratio: Option<f64>,
     pub p50_ratio: Option<f64>,
+    pub p99_ratio: Option<f64>,
     pub rate_ratio: Option<f64>,
 }
 
@@ -80,7 +81,7 @@ pub(crate) struct Goal {
 }
 
 impl Goal {
-    fn outcome(&self) -> &'static str {
+    pub(crate) fn outcome(&self) -> &'static str {
         match self.figure {
             None => "not measured",
             Some(figure) if figure <= self.at_most => "met",
@@ -122,11 +123,11 @@ impl Report {
         }
         if !path.is_empty() {
             let rows = path.iter().map(|row| {
-                let PathRow { measure, services, peer, cpu_ratio, p50_ratio, rate_ratio } = row;
-                let ratios = [cpu_ratio, p50_ratio, rate_ratio].map(|ratio| figure(*ratio));
+                let PathRow { measure, services, peer, cpu_ratio, p50_ratio, p99_ratio, rate_ratio } = row;
+                let ratios = [cpu_ratio, p50_ratio, p99_ratio, rate_ratio].map(|ratio| figure(*ratio));
                 [measure.clone(), peer.clone(), services.to_string()].into_iter().chain(ratios).collect()
             });
-            print_table(out, &["MEASURE", "PEER", "SERVICES", "CPU", "P50", "RATE"], 2, rows)?;
+            print_table(out, &["MEASURE", "PEER", "SERVICES", "CPU", "P50", "P99", "RATE"], 2, rows)?;
         }
         if !control.is_empty() {
             let rows = control.iter().map(|row| {
@@ -141,12 +142,11 @@ impl Report {
 }
 
 /// Prints the goals with what came of them.
-pub(crate) fn print_goals(goals: &[Goal], out: &mut impl Write) -> io::Result<()> {
-    let rows = goals.iter().map(|goal| {
-        let at_most = format!("{:.2}", goal.at_most);
-        vec![goal.what.clone(), at_most, figure(goal.figure), goal.outcome().to_owned()]
+pub(crate) fn print_goals<'a>(goals: impl IntoIterator<Item = &'a Goal>, out: &mut impl Write) -> io::Result<()> {
+    let rows = goals.into_iter().map(|goal| {
+        vec![goal.what.clone(), figure(Some(goal.at_most)), figure(goal.figure), goal.outcome().to_owned()]
     });
-    print_table(out, &["GOAL", "AT MOST", "IS", ""], 1, rows)
+    print_table(out, &["GOAL", "AT MOST", "MEASURED", "REACHED"], 1, rows)
 }
 
 fn figure(value: Option<f64>) -> String {
@@ -205,6 +205,7 @@ mod tests {
                 "peer": "direct",
                 "cpu_ratio": 1.1,
                 "p50_ratio": null,
+                "p99_ratio": 1.2,
                 "rate_ratio": 0.9,
             }],
             "control": [{

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use netlb_integration::netns::Namespace;
-use netlb_integration::topology::{Layout, Plan};
+use netlb_integration::topology::{Family, Layout, Plan};
 
 use super::BACKENDS;
 use crate::notes::note;
@@ -66,7 +66,7 @@ pub(super) fn seconds(peer: &Peer, services: u32, limit: Duration) -> Result<Opt
 
 fn kube_iptables(variant: Variant, node: &Namespace, services: &[Service], limit: Duration) -> Result<Duration> {
     let rules = iptables::rules(services);
-    timed(|| iptables::load(variant, node, &rules, limit))
+    timed(|| iptables::load(variant, node, Family::V4, &rules, limit))
 }
 
 fn timed(load: impl FnOnce() -> Result<()>) -> Result<Duration> {

@@ -1,82 +1,125 @@
 //! netlb's programs with services, ready to be measured.
 
 use anyhow::{Result, bail, ensure};
-use netlb::config::Forwarding;
-use netlb::datapath::kernel::testing::{Harness as Netlb, Program};
-use netlb::dataplane::{Desired, FlowFilter};
+use netlb::config::{Forwarding, Timeouts};
+use netlb::datapath::kernel::testing::{Harness as Netlb, Program, Site};
+use netlb::dataplane::Desired;
 use netlb::model::Owner;
+use netlb::resolve::Node;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
+use netlb_common::network::{Network, Networks};
 use netlb_integration::lab;
 
-use super::cases::{Case, Size, Traffic, services_of};
-use super::harness::{Harness, Kind, Target};
+use super::cases::{Case, Hook, NODE, Scene, Size, Traffic, services_of};
+use super::harness::{Harness, Target};
 
 /// Loaded programs with maps of their own.
 pub(crate) struct Bed {
     netlb: Netlb,
-    pub(crate) size: Size,
+    scene: Scene,
+    size: Size,
     /// Whether the flow table is the kernel's LRU hash.
     is_lru: bool,
 }
 
-/// From XDP packets leave by both devices.
-const SENDS: Interface = Interface { role: role::POD, flags: Interface::XDP, pad: 0, master: 0 };
+impl Scene {
+    /// Roles of the interfaces of clients and backends. From XDP packets leave by both.
+    fn interfaces(self) -> [(u32, Interface); 2] {
+        let role = |role| Interface { role, flags: Interface::XDP, pad: 0, master: 0 };
+        let clients = if self == Self::Pods { role::POD } else { role::UPLINK };
+        let backends = if self == Self::Uplink { role::UPLINK } else { role::POD };
+        [(lab::CLIENTS, role(clients)), (lab::BACKENDS, role(backends))]
+    }
+
+    /// What the programs know as constants.
+    fn site(self) -> Site {
+        if self != Self::Masquerade {
+            return Site::default();
+        }
+        let mut pods = Networks { len: 1, ..Networks::NONE };
+        pods.all[0] = Network::new(lab::addr(lab::CASES[0].host(2, 0)), 96 + 24);
+        Site { pods, masquerade: (pods, Networks::NONE), ..Site::default() }
+    }
+}
 
 impl Bed {
-    pub(crate) fn new(size: Size) -> Result<Self> {
-        Self::with(lab::load(Forwarding::Fast, &size.limits)?, size, false)
+    pub(crate) fn new(scene: Scene, size: Size) -> Result<Self> {
+        let netlb = Netlb::at(&scene.site(), &size.limits, &Timeouts::default(), Forwarding::Fast)?;
+        Self::with(netlb, scene, size, false)
     }
 
-    /// The same with the object whose flow table is the kernel's LRU hash.
+    /// Pods, with the object whose flow table is the kernel's LRU hash.
     pub(crate) fn with_lru(object: &[u8], size: Size) -> Result<Self> {
-        Self::with(lab::load_object(object, &size.limits)?, size, true)
+        Self::with(lab::load_object(object, &size.limits)?, Scene::Pods, size, true)
     }
 
-    fn with(mut netlb: Netlb, size: Size, is_lru: bool) -> Result<Self> {
-        for index in [lab::CLIENTS, lab::BACKENDS] {
-            netlb.set_interface(index, SENDS)?;
+    fn with(mut netlb: Netlb, scene: Scene, size: Size, is_lru: bool) -> Result<Self> {
+        for (index, interface) in scene.interfaces() {
+            netlb.set_interface(index, interface)?;
         }
-        let services = services_of(size).into_iter();
+        netlb.programmer_mut().set_node(Node { addresses: vec![NODE], ..Node::default() });
+        let services = services_of(scene, size).into_iter();
         let report = netlb
             .programmer_mut()
             .apply(&Vec::from_iter(services.map(|service| Desired { service: service.into(), owner: Owner::File })));
         ensure!(report.failed.is_empty(), "{} services failed, the first: {:?}", report.failed.len(), report.failed[0]);
-        Ok(Self { netlb, size, is_lru })
+        Ok(Self { netlb, scene, size, is_lru })
     }
 
-    /// The programs under test. They share maps, and so flows.
-    pub(crate) fn targets(&self) -> Result<Vec<Target>> {
-        let xdp = |name| Target::new(name, Kind::Xdp, self.netlb.descriptor(Program::Xdp)?);
-        if self.is_lru { Ok(vec![xdp("lru_variant")?]) } else { Ok(vec![xdp("netlb_xdp")?, self.tc()?]) }
+    pub(crate) fn is_for(&self, case: &Case) -> bool {
+        (self.scene, self.size) == (case.scene, case.size)
     }
 
-    fn tc(&self) -> Result<Target> {
-        Target::new("netlb_tc", Kind::Tc, self.netlb.descriptor(Program::Ingress)?)
+    /// The programs under test in a case. They share maps, and so flows.
+    pub(crate) fn targets(&self, case: &Case) -> Result<Vec<Target>> {
+        let hooks = if self.is_lru { &[Hook::Xdp] } else { case.hooks() };
+        hooks.iter().map(|hook| self.target(*hook)).collect()
+    }
+
+    fn target(&self, hook: Hook) -> Result<Target> {
+        let (name, program) = match hook {
+            Hook::Xdp if self.is_lru => ("lru_variant", Program::Xdp),
+            Hook::Xdp => ("netlb_xdp", Program::Xdp),
+            Hook::Ingress => ("netlb_tc", Program::Ingress),
+            Hook::Egress => ("netlb_egress", Program::Egress),
+        };
+        Target::new(name, hook, self.netlb.descriptor(program)?)
     }
 
     /// Makes the flows of a case, and no others.
     pub(crate) fn open(&mut self, case: &Case, harness: &mut Harness) -> Result<()> {
         self.flush()?;
         let flows = 1 << case.flows_log2;
-        let openings = case.openings();
-        let opener = self.tc()?;
-        harness.aim(&opener)?;
-        for packets in &openings {
-            harness.plan(packets)?;
-            harness.run(opener.kind, packets, flows)?;
+        let before = self.made();
+        for (hook, packets) in case.openings() {
+            let opener = self.target(hook)?;
+            harness.aim(&opener)?;
+            harness.plan(&packets)?;
+            harness.run(opener.kind(), &packets, flows)?;
         }
-        let made = self.netlb.programmer().count_flows(&FlowFilter::default());
-        let wanted = if openings.is_empty() { 0 } else { u64::from(flows) };
+        let made = self.made() - before;
+        let wanted = if case.openings().is_empty() { 0 } else { u64::from(flows) };
         ensure!(made == wanted || self.is_lru, "{}: {made} flows instead of {wanted}", case.name);
         Ok(())
     }
 
+    /// Flows that were ever made.
+    fn made(&self) -> u64 {
+        self.netlb.counter(Counter::FlowsCreated) + self.netlb.counter(Counter::FlowsMasqueraded)
+    }
+
+    /// Forgets all flows, at once and as if they had never been.
     pub(crate) fn flush(&mut self) -> Result<()> {
         if self.is_lru {
             return self.netlb.clear_lru();
         }
-        self.netlb.programmer_mut().flush_flows(&FlowFilter::default());
+        let table = self.netlb.flow_table();
+        for bucket in (0..=table.mask()).filter_map(|index| table.bucket(index)) {
+            for slot in bucket.slots.iter().filter(|slot| slot.data.load() != 0) {
+                slot.data.swap(0);
+            }
+        }
         Ok(())
     }
 
@@ -86,21 +129,22 @@ impl Bed {
     }
 
     /// Whether what was counted since is what such packets lead to: otherwise something else was measured.
-    pub(crate) fn check(&self, before: &[u64], traffic: Traffic, packets: u32) -> Result<()> {
-        let mut sent = 0;
+    pub(crate) fn check(&self, before: &[u64], case: &Case, hook: Hook, packets: u32) -> Result<()> {
+        let (mut sent, mut made) = (0, 0);
         for (counter, (before, now)) in Counter::ALL.iter().zip(before.iter().zip(self.counters())) {
             let count = now - before;
             match counter {
                 Counter::ToPeer | Counter::ToInterface | Counter::ToStack | Counter::SentByXdp => sent += count,
-                Counter::FlowsCreated if traffic == Traffic::New => {
-                    ensure!(count == u64::from(packets), "{count} flows of {packets} packets");
-                }
+                Counter::FlowsCreated | Counter::FlowsMasqueraded => made += count,
                 _ if count > 0 => bail!("{} is {count} after {packets} packets", counter.name()),
                 _ => {}
             }
         }
-        let wanted = if traffic == Traffic::Foreign { 0 } else { u64::from(packets) };
-        ensure!(sent == wanted, "{sent} packets translated, not {wanted}");
+        // What leaves by egress is sent by the kernel.
+        let is_sent = !case.traffic.is_foreign() && hook != Hook::Egress;
+        let of_packets = |is_so| if is_so { u64::from(packets) } else { 0 };
+        ensure!(made == of_packets(case.traffic == Traffic::New), "{made} flows of {packets} packets");
+        ensure!(sent == of_packets(is_sent), "{sent} of {packets} packets sent");
         Ok(())
     }
 }

@@ -1,11 +1,11 @@
 //! What is measured: which packets, of how many flows, among how many services.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use netlb::config::Limits;
 use netlb::model::{Algorithm, Backend, Frontend, Protocol, Service};
 use netlb_integration::frames::{ACK, SYN, SYN_ACK, Segment};
-use netlb_integration::lab::{self, BACKENDS, CLIENTS};
+use netlb_integration::lab::{self, BACKENDS, CLIENTS, PASS, REDIRECT, XDP_PASS, XDP_REDIRECT, XDP_TX};
 use netlb_integration::topology::Family;
 
 use super::plan::{Endpoint, HEADER_LEN, Plan};
@@ -25,6 +25,7 @@ pub(crate) struct Group {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Case {
     pub(crate) name: &'static str,
+    pub(crate) scene: Scene,
     pub(crate) traffic: Traffic,
     pub(crate) packets: lab::Case,
     /// The number of flows, as a power of two.
@@ -32,18 +33,48 @@ pub(crate) struct Case {
     /// Whether flows are spread over all services, or all to the first.
     pub(crate) is_spread: bool,
     pub(crate) size: Size,
+    /// Whether a quick run has it.
+    pub(crate) quick: bool,
+}
+
+/// What the node is like, and so what becomes of packets.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Scene {
+    /// Clients and backends are pods of the node, behind interfaces of their own: packets get other destinations, replies other sources.
+    Pods,
+    /// Clients and backends are outside, behind one uplink: packets get another source as well, and leave by where they came in.
+    Uplink,
+    /// Pods talk to the world, and the world sees the node: packets leave by the uplink with another source.
+    Masquerade,
+}
+
+/// Where a program runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Hook {
+    Xdp,
+    Ingress,
+    Egress,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Traffic {
     /// From clients, of flows that are there, in no order.
     Requests,
-    /// From backends, of flows that are there, in no order.
+    /// To clients, of flows that are there, in no order.
     Replies,
     /// From clients, each of a flow that is not there yet.
     New,
     /// To something that is no service.
     Foreign,
+    /// From where backends serve, of flows that are not: what backends answer to those who ask them themselves.
+    Strays,
+}
+
+impl Traffic {
+    /// Whether programs are to leave it alone.
+    pub(crate) fn is_foreign(self) -> bool {
+        matches!(self, Self::Foreign | Self::Strays)
+    }
 }
 
 /// How many services there are, and how much room for flows.
@@ -59,6 +90,9 @@ const USUAL: Size = Size {
     limits: Limits { services: 16_384, backends: 131_072, flows: 262_144, ring_slots: 1 << 20, sockets: 1024 },
 };
 const MILLION_FLOWS: Size = Size { services: 1, limits: Limits { flows: 1 << 20, ..USUAL.limits } };
+/// The node has some thousand ports for each backend: with so many of them, a flow hardly ever finds its port taken.
+const MANY_BACKENDS: Size = Size { services: 1024, ..USUAL };
+const MILLION_TO_MANY: Size = Size { services: 1024, ..MILLION_FLOWS };
 
 const fn services(services: u32) -> Size {
     Size {
@@ -68,7 +102,22 @@ const fn services(services: u32) -> Size {
 }
 
 const fn requests(name: &'static str, flows_log2: u32) -> Case {
-    Case { name, traffic: Traffic::Requests, packets: TCP, flows_log2, is_spread: false, size: USUAL }
+    let (scene, traffic) = (Scene::Pods, Traffic::Requests);
+    Case { name, scene, traffic, packets: TCP, flows_log2, is_spread: false, size: USUAL, quick: true }
+}
+
+/// From outside, to backends outside.
+const fn snat(name: &'static str, flows_log2: u32) -> Case {
+    Case { scene: Scene::Uplink, is_spread: true, size: MANY_BACKENDS, ..requests(name, flows_log2) }
+}
+
+/// From pods to the world.
+const fn masquerade(name: &'static str, flows_log2: u32) -> Case {
+    Case { scene: Scene::Masquerade, ..snat(name, flows_log2) }
+}
+
+const fn foreign(name: &'static str, scene: Scene, size: Size) -> Case {
+    Case { scene, traffic: Traffic::Foreign, size, ..requests(name, 10) }
 }
 
 const fn among(name: &'static str, size: u32) -> Case {
@@ -97,10 +146,36 @@ pub(crate) const GROUPS: &[Group] = &[
             &[Case { packets: UDP, ..requests("udp", 10) }],
             &[Case { packets: TCP_V6, ..requests("ipv6", 10) }],
             &[Case { traffic: Traffic::Replies, ..requests("reply", 10) }],
-            &[Case { traffic: Traffic::Foreign, ..requests("not_ours", 10) }],
+            &[foreign("not_ours", Scene::Pods, USUAL)],
+            &[Case { traffic: Traffic::Strays, ..foreign("not_ours_backend", Scene::Pods, USUAL) }],
         ],
     },
-    Group { what: "a million flows", sets: &[&[Case { size: MILLION_FLOWS, ..requests("established_1m", 20) }]] },
+    Group {
+        what: "an uplink",
+        sets: &[
+            &[snat("snat_1", 0)],
+            &[snat("snat_64k", 16)],
+            &[Case { traffic: Traffic::New, ..snat("snat_new", NEW_FLOWS_LOG2) }],
+            &[Case { traffic: Traffic::Replies, ..snat("snat_reply", 10) }],
+            &[foreign("not_ours_uplink", Scene::Uplink, MANY_BACKENDS)],
+        ],
+    },
+    Group {
+        what: "pods to the world",
+        sets: &[
+            &[masquerade("masquerade_64k", 16)],
+            &[Case { traffic: Traffic::New, ..masquerade("masquerade_new", NEW_FLOWS_LOG2) }],
+            &[Case { traffic: Traffic::Replies, ..masquerade("masquerade_reply", 10) }],
+            &[foreign("not_ours_masquerade", Scene::Masquerade, MANY_BACKENDS)],
+        ],
+    },
+    Group {
+        what: "a million flows",
+        sets: &[
+            &[Case { size: MILLION_FLOWS, ..requests("established_1m", 20) }],
+            &[Case { size: MILLION_TO_MANY, quick: false, ..snat("snat_1m", 20) }],
+        ],
+    },
     Group {
         what: "up to 100 000 services",
         sets: &[
@@ -136,60 +211,125 @@ const SERVICE_PORTS_LOG2: u32 = 10;
 const FIRST_SERVICE_PORT: u16 = 1 << 10;
 const BACKEND_PORTS_LOG2: u32 = 12;
 const FIRST_BACKEND_PORT: u16 = 1 << 12;
+/// Ports that flows keep where they get another source: so it is known where replies go.
+const KEPT_PORTS_LOG2: u32 = 12;
+const FIRST_KEPT_PORT: u16 = 61_000;
+/// The first host of a network beyond the clients'.
+const WORLD: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1));
+/// The node's address at its uplink, in the clients' network.
+pub(crate) const NODE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 244, 1, 100));
+/// All of these hosts send from every port, one after the other.
+const ALL_HOSTS: u32 = u32::MAX;
 
 impl Case {
     /// What is measured.
     pub(crate) fn packets(&self, seed: u64) -> Packets {
         match self.traffic {
             Traffic::Requests => self.requests(ACK).shuffled(seed),
-            Traffic::Replies => self.replies(ACK).shuffled(seed),
+            Traffic::Replies | Traffic::Strays => self.replies(ACK).shuffled(seed),
             Traffic::New => self.requests(SYN),
             Traffic::Foreign => {
                 let foreign = SocketAddr::new(numbered(self.packets.vip(0).ip(), 200), 80);
-                self.requests_to(foreign, ACK).shuffled(seed)
+                self.requests_to(foreign, SERVICE_PORTS_LOG2, ACK).shuffled(seed)
             }
         }
     }
 
-    /// What comes before, of each flow in turn: what makes the flows, if they are to be there.
-    pub(crate) fn openings(&self) -> Vec<Packets> {
+    /// What comes before, of each flow in turn, and at which hook: what makes the flows, if they are to be there.
+    pub(crate) fn openings(&self) -> Vec<(Hook, Packets)> {
+        let sent = if self.scene == Scene::Masquerade { Hook::Egress } else { Hook::Ingress };
+        let request = |segment| (sent, self.requests(segment));
+        let reply = |segment| (Hook::Ingress, self.replies(segment));
         match (self.traffic, self.packets.protocol) {
-            (Traffic::New | Traffic::Foreign, _) => Vec::new(),
-            (_, Protocol::Tcp) => vec![self.requests(SYN), self.replies(SYN_ACK), self.requests(ACK)],
-            (_, Protocol::Udp) => vec![self.requests(ACK), self.replies(ACK)],
+            (Traffic::New | Traffic::Foreign | Traffic::Strays, _) => Vec::new(),
+            (_, Protocol::Tcp) => vec![request(SYN), reply(SYN_ACK), request(ACK)],
+            (_, Protocol::Udp) => vec![request(ACK), reply(ACK)],
+        }
+    }
+
+    /// The hooks that such packets come by.
+    pub(crate) fn hooks(&self) -> &'static [Hook] {
+        match (self.scene, self.traffic) {
+            (Scene::Uplink | Scene::Masquerade, Traffic::Foreign) => &[Hook::Xdp, Hook::Ingress, Hook::Egress],
+            (Scene::Pods | Scene::Uplink, _) => &[Hook::Xdp, Hook::Ingress],
+            (Scene::Masquerade, Traffic::Replies) => &[Hook::Ingress],
+            (Scene::Masquerade, _) => &[Hook::Egress],
+        }
+    }
+
+    /// What a program should answer to such packets.
+    pub(crate) fn verdict(&self, hook: Hook) -> i32 {
+        match (hook, self.traffic.is_foreign(), self.scene) {
+            (Hook::Xdp, true, _) => XDP_PASS,
+            (Hook::Xdp, false, Scene::Uplink) => XDP_TX,
+            (Hook::Xdp, false, _) => XDP_REDIRECT,
+            (Hook::Ingress, true, _) | (Hook::Egress, ..) => PASS,
+            (Hook::Ingress, false, _) => REDIRECT,
         }
     }
 
     fn requests(&self, segment: Segment) -> Packets {
-        self.requests_to(frontend(self.packets, 0), segment)
+        let (first, ports_log2) = match self.scene {
+            Scene::Masquerade => (SocketAddr::new(WORLD, FIRST_BACKEND_PORT), BACKEND_PORTS_LOG2),
+            Scene::Pods | Scene::Uplink => (frontend(self.packets, 0), SERVICE_PORTS_LOG2),
+        };
+        self.requests_to(first, ports_log2, segment)
     }
 
-    fn requests_to(&self, destination: SocketAddr, segment: Segment) -> Packets {
-        let client = self.packets.client(FIRST_CLIENT_PORT);
+    fn requests_to(&self, destination: SocketAddr, ports_log2: u32, segment: Segment) -> Packets {
+        let (client, client_ports_log2) = self.clients();
         let (source_at, destination_at) = offsets(self.packets.family);
         Packets {
             frame: frame(self.packets, client, destination, segment),
             interface: CLIENTS,
             plan: self.plan(
-                endpoint(client, CLIENT_PORTS_LOG2, source_at),
-                endpoint(destination, SERVICE_PORTS_LOG2, destination_at),
+                endpoint(client, client_ports_log2, ALL_HOSTS, source_at),
+                endpoint(destination, ports_log2, ALL_HOSTS, destination_at),
             ),
         }
         .filled()
     }
 
     fn replies(&self, segment: Segment) -> Packets {
-        let (client, backend) = (self.packets.client(FIRST_CLIENT_PORT), backend(self.packets, 0));
+        let (client, ports_log2) = self.clients();
+        // Whom the sender knows, which is the node where it is not the client.
+        let (client, more_hosts) = match self.scene {
+            Scene::Pods => (client, ALL_HOSTS),
+            Scene::Uplink | Scene::Masquerade => (SocketAddr::new(NODE, client.port()), 0),
+        };
+        let (sender, interface) = match self.scene {
+            Scene::Pods => (backend(self.packets, self.scene, 0), BACKENDS),
+            Scene::Uplink => (backend(self.packets, self.scene, 0), CLIENTS),
+            Scene::Masquerade => (SocketAddr::new(WORLD, FIRST_BACKEND_PORT), CLIENTS),
+        };
         let (source_at, destination_at) = offsets(self.packets.family);
         Packets {
-            frame: frame(self.packets, backend, client, segment),
-            interface: BACKENDS,
+            frame: frame(self.packets, sender, client, segment),
+            interface,
             plan: self.plan(
-                endpoint(client, CLIENT_PORTS_LOG2, destination_at),
-                endpoint(backend, BACKEND_PORTS_LOG2, source_at),
+                endpoint(client, ports_log2, more_hosts, destination_at),
+                endpoint(sender, BACKEND_PORTS_LOG2, ALL_HOSTS, source_at),
             ),
         }
         .filled()
+    }
+
+    /// The first client, and of how many ports each sends.
+    fn clients(&self) -> (SocketAddr, u32) {
+        let ip = match (self.scene, self.traffic) {
+            (Scene::Pods, _) => self.packets.client(0).ip(),
+            (Scene::Uplink, _) => numbered(WORLD, 2),
+            // A stranger: what it sends is not the node's to translate.
+            (Scene::Masquerade, Traffic::Foreign) => WORLD,
+            (Scene::Masquerade, _) => self.packets.host(2, 3),
+        };
+        // New flows have ports as clients usually do, none of which the node could keep.
+        match (self.scene, self.traffic) {
+            (Scene::Pods, _) | (_, Traffic::New | Traffic::Foreign) => {
+                (SocketAddr::new(ip, FIRST_CLIENT_PORT), CLIENT_PORTS_LOG2)
+            }
+            (Scene::Uplink | Scene::Masquerade, _) => (SocketAddr::new(ip, FIRST_KEPT_PORT), KEPT_PORTS_LOG2),
+        }
     }
 
     fn plan(&self, client: Endpoint, service: Endpoint) -> Plan {
@@ -223,39 +363,46 @@ impl Packets {
 }
 
 /// A service with one backend of its own, which is therefore known.
-pub(crate) fn service(packets: lab::Case, number: u32) -> Service {
+fn service(packets: lab::Case, scene: Scene, number: u32) -> Service {
     let frontend = Frontend { address: frontend(packets, number), protocol: packets.protocol };
-    let backend = Backend::new(backend(packets, number));
+    let backend = Backend::new(backend(packets, scene, number));
     Service::new(None, vec![frontend], vec![backend], Algorithm::Maglev).expect("a service")
 }
 
 /// The services of a bed.
-pub(crate) fn services_of(size: Size) -> Vec<Service> {
-    let first = [TCP, TCP_V6, UDP].map(|packets| service(packets, 0));
-    first.into_iter().chain((1..size.services).map(|number| service(TCP, number))).collect()
+pub(crate) fn services_of(scene: Scene, size: Size) -> Vec<Service> {
+    let first = [TCP, TCP_V6, UDP].map(|packets| service(packets, scene, 0));
+    first.into_iter().chain((1..size.services).map(|number| service(TCP, scene, number))).collect()
 }
 
 fn frontend(packets: lab::Case, number: u32) -> SocketAddr {
     nth(packets.vip(FIRST_SERVICE_PORT), SERVICE_PORTS_LOG2, number)
 }
 
-fn backend(packets: lab::Case, number: u32) -> SocketAddr {
-    let first = SocketAddr::new(packets.backend(1).ip(), FIRST_BACKEND_PORT);
-    nth(first, BACKEND_PORTS_LOG2, number)
+fn backend(packets: lab::Case, scene: Scene, number: u32) -> SocketAddr {
+    let network = if scene == Scene::Uplink { 1 } else { 2 };
+    nth(SocketAddr::new(packets.host(network, 1), FIRST_BACKEND_PORT), BACKEND_PORTS_LOG2, number)
 }
 
 /// An endpoint as the harness counts them.
 fn nth(first: SocketAddr, ports_log2: u32, number: u32) -> SocketAddr {
-    let endpoint = endpoint(first, ports_log2, (0, 0));
+    let endpoint = endpoint(first, ports_log2, ALL_HOSTS, (0, 0));
     SocketAddr::new(numbered(first.ip(), endpoint.host(number)), endpoint.port(number))
 }
 
-fn endpoint(first: SocketAddr, ports_log2: u32, (host_at, port_at): (u32, u32)) -> Endpoint {
+fn endpoint(first: SocketAddr, ports_log2: u32, more_hosts: u32, (host_at, port_at): (u32, u32)) -> Endpoint {
     let first_host = u16::from_be_bytes(match first.ip() {
         IpAddr::V4(ip) => [ip.octets()[2], ip.octets()[3]],
         IpAddr::V6(ip) => [ip.octets()[14], ip.octets()[15]],
     });
-    Endpoint { host_at, port_at, first_host: first_host.into(), first_port: first.port().into(), ports_log2 }
+    Endpoint {
+        host_at,
+        port_at,
+        first_host: first_host.into(),
+        first_port: first.port().into(),
+        ports_log2,
+        more_hosts,
+    }
 }
 
 /// The address with other last bytes.
@@ -322,19 +469,29 @@ mod tests {
 
     #[test]
     fn replies_are_those_to_the_requests() {
-        for case in cases().filter(|case| case.traffic != Traffic::Foreign) {
+        for case in cases().filter(|case| !case.traffic.is_foreign()) {
             let (mut requests, mut replies) = (case.requests(ACK), case.replies(ACK));
-            let services = HashSet::<_>::from_iter(
-                services_of(case.size)
-                    .into_iter()
-                    .map(|service| (service.frontends()[0].address, service.backends()[0].address)),
-            );
+            let services = services_of(case.scene, case.size);
+            let services = services.iter().map(|one| (one.frontends()[0].address, one.backends()[0].address));
+            let services = HashSet::<_>::from_iter(services);
             let mut clients = HashSet::new();
+            let mut answered = HashSet::new();
             for _ in 0..1000.min(1 << case.flows_log2) {
                 let (request, reply) = (make(&mut requests), make(&mut replies));
-                assert_eq!(source(&request), destination(&reply), "{}", case.name);
-                assert!(services.contains(&(destination(&request), source(&reply))), "{}", case.name);
+                if case.scene == Scene::Pods {
+                    assert_eq!(source(&request), destination(&reply), "{}", case.name);
+                } else {
+                    let node = SocketAddr::new(NODE, source(&request).port());
+                    assert_eq!(node, destination(&reply), "{}", case.name);
+                }
+                if case.scene == Scene::Masquerade {
+                    assert_eq!(destination(&request), source(&reply), "{}", case.name);
+                } else {
+                    assert!(services.contains(&(destination(&request), source(&reply))), "{}", case.name);
+                }
                 assert!(clients.insert(source(&request)), "{}: {} comes twice", case.name, source(&request));
+                let answered = answered.insert((source(&reply), destination(&reply)));
+                assert!(answered, "{}: a flow has another's replies", case.name);
             }
         }
     }

@@ -7,8 +7,9 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData};
 use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, Pod};
+use netlb_integration::lab;
 
-use super::cases::{Packets, Traffic};
+use super::cases::{Case, Hook, Packets};
 use super::plan::Plan;
 use crate::report::Instructions;
 
@@ -32,36 +33,55 @@ impl Kind {
     }
 }
 
+/// What a program is there for.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// Does nothing of netlb's, with this answer.
+    Floor(Kind, i32),
+    Hook(Hook),
+}
+
 /// A loaded program to be measured.
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) name: &'static str,
-    pub(crate) kind: Kind,
+    place: Place,
     pub(crate) instructions: Instructions,
     program: OwnedFd,
 }
 
 impl Target {
-    pub(crate) fn new(name: &'static str, kind: Kind, program: BorrowedFd<'_>) -> Result<Self> {
-        let instructions = instructions(program).with_context(|| format!("failed to ask how long {name} is"))?;
-        Ok(Self { name, kind, instructions, program: program.try_clone_to_owned()? })
+    /// One of netlb's.
+    pub(crate) fn new(name: &'static str, hook: Hook, program: BorrowedFd<'_>) -> Result<Self> {
+        Self::at(name, Place::Hook(hook), program)
     }
 
-    /// What the program should answer to such packets.
-    pub(crate) fn verdict(&self, traffic: Traffic) -> i32 {
-        const TC_ACT_UNSPEC: i32 = -1;
-        const TC_ACT_REDIRECT: i32 = 7;
-        const XDP_PASS: i32 = 2;
-        const XDP_TX: i32 = 3;
-        const XDP_REDIRECT: i32 = 4;
-        match (self.name, self.kind) {
-            ("tc_next", _) => TC_ACT_UNSPEC,
-            ("xdp_pass", _) => XDP_PASS,
-            ("xdp_tx", _) => XDP_TX,
-            (_, Kind::Tc) if traffic == Traffic::Foreign => TC_ACT_UNSPEC,
-            (_, Kind::Tc) => TC_ACT_REDIRECT,
-            (_, Kind::Xdp) if traffic == Traffic::Foreign => XDP_PASS,
-            (_, Kind::Xdp) => XDP_REDIRECT,
+    fn at(name: &'static str, place: Place, program: BorrowedFd<'_>) -> Result<Self> {
+        let instructions = instructions(program).with_context(|| format!("failed to ask how long {name} is"))?;
+        Ok(Self { name, place, instructions, program: program.try_clone_to_owned()? })
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        match self.place {
+            Place::Floor(kind, _) => kind,
+            Place::Hook(Hook::Xdp) => Kind::Xdp,
+            Place::Hook(Hook::Ingress | Hook::Egress) => Kind::Tc,
+        }
+    }
+
+    /// Where it runs, if it is one of netlb's.
+    pub(crate) fn hook(&self) -> Option<Hook> {
+        match self.place {
+            Place::Floor(..) => None,
+            Place::Hook(hook) => Some(hook),
+        }
+    }
+
+    /// What the program should answer in a case.
+    pub(crate) fn verdict(&self, case: &Case) -> i32 {
+        match self.place {
+            Place::Floor(_, verdict) => verdict,
+            Place::Hook(hook) => case.verdict(hook),
         }
     }
 }
@@ -114,13 +134,18 @@ impl Harness {
 
     /// The programs that do nothing of netlb's.
     pub(crate) fn floors(&self) -> Result<Vec<Target>> {
-        let targets = [("xdp_pass", Kind::Xdp), ("xdp_tx", Kind::Xdp), ("tc_next", Kind::Tc)];
-        targets.into_iter().map(|(name, kind)| Target::new(name, kind, self.program(name, kind)?)).collect()
+        let floors = [
+            ("xdp_pass", Kind::Xdp, lab::XDP_PASS),
+            ("xdp_tx", Kind::Xdp, lab::XDP_TX),
+            ("tc_next", Kind::Tc, lab::PASS),
+        ];
+        let target = |(name, kind, verdict)| Target::at(name, Place::Floor(kind, verdict), self.program(name, kind)?);
+        floors.into_iter().map(target).collect()
     }
 
     /// Makes a program the one under test.
     pub(crate) fn aim(&mut self, target: &Target) -> Result<()> {
-        let map = match target.kind {
+        let map = match target.kind() {
             Kind::Tc => &mut self.tc_target,
             Kind::Xdp => &mut self.xdp_target,
         };

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 
 use super::bed::Bed;
-use super::cases::{Case, Group, Traffic};
+use super::cases::{Case, Group, Scene, Traffic};
 use super::harness::{Harness, Target};
 use crate::report::{PacketRow, Spread};
 
@@ -13,13 +13,22 @@ pub(crate) struct Effort {
     rounds: usize,
     /// Of each program in each round.
     packets: u32,
+    /// New flows of a round: at most as many as leave room in the flow table. With those before them they are fewer than a case has.
+    new_flows: u32,
+    /// Cases with more are left out, and what would be compared with them.
+    services: u32,
+    flows: u32,
+    /// Whether there is time for all cases.
+    is_full: bool,
 }
 
 /// Many short rounds rather than few long ones: on a busy machine, programs that take turns often have the same share of bad times.
-pub(crate) const QUICK: Effort = Effort { rounds: 11, packets: 1 << 15 };
-pub(crate) const FULL: Effort = Effort { rounds: 31, packets: 1 << 17 };
-/// New flows of a round: as many as leave room in the flow table. With those before them they are fewer than a case has.
-const NEW_FLOWS: u32 = 65_536;
+pub(crate) const QUICK: Effort =
+    Effort { rounds: 7, packets: 1 << 15, new_flows: 1 << 16, services: u32::MAX, flows: u32::MAX, is_full: false };
+pub(crate) const FULL: Effort = Effort { rounds: 31, packets: 1 << 17, is_full: true, ..QUICK };
+/// Shows that everything runs. Its times say nothing.
+pub(crate) const SMOKE: Effort =
+    Effort { rounds: 1, packets: 1 << 8, new_flows: 1 << 8, services: 1024, flows: 1 << 10, ..QUICK };
 /// Of the packets of a round, so many go before them, to have code and data where they will be.
 const WARM_UP: u32 = 8;
 
@@ -28,19 +37,28 @@ const WARM_UP: u32 = 8;
 /// `lru` is the object with the kernel's LRU hash for a flow table: measured where there is one service only.
 pub(crate) fn group(harness: &mut Harness, lru: &[u8], group: &Group, effort: Effort) -> Result<Vec<PacketRow>> {
     let mut beds: Vec<Bed> = Vec::new();
-    for case in group.sets.iter().copied().flatten() {
-        if !beds.iter().any(|bed| bed.size == case.size) {
-            beds.push(Bed::new(case.size)?);
-            if case.size.services == 1 {
+    let sets = Vec::from_iter(group.sets.iter().copied().filter(|set| set.iter().all(|case| effort.has(case))));
+    for case in sets.iter().copied().flatten() {
+        if !beds.iter().any(|bed| bed.is_for(case)) {
+            beds.push(Bed::new(case.scene, case.size)?);
+            if case.scene == Scene::Pods && case.size.services == 1 {
                 beds.push(Bed::with_lru(lru, case.size).context("the variant with an LRU hash")?);
             }
         }
     }
     let mut rows = Vec::new();
-    for set in group.sets {
+    for set in sets {
         rows.extend(measure(harness, &mut beds, set, effort)?);
     }
     Ok(rows)
+}
+
+impl Effort {
+    fn has(&self, case: &Case) -> bool {
+        let is_small =
+            case.size.services <= self.services && (case.traffic == Traffic::New || 1 << case.flows_log2 <= self.flows);
+        is_small && (case.quick || self.is_full)
+    }
 }
 
 /// A program in a case.
@@ -60,9 +78,9 @@ fn measure(harness: &mut Harness, beds: &mut [Bed], cases: &[Case], effort: Effo
             contenders.extend(targets.into_iter().map(|target| Contender { case, target, bed, times: Vec::new() }));
         };
         add(harness.floors()?, None);
-        for (index, bed) in beds.iter_mut().enumerate().filter(|(_, bed)| bed.size == case.size) {
+        for (index, bed) in beds.iter_mut().enumerate().filter(|(_, bed)| bed.is_for(case)) {
             bed.open(case, harness)?;
-            add(bed.targets()?, Some(index));
+            add(bed.targets(case)?, Some(index));
         }
     }
     let count = contenders.len();
@@ -80,7 +98,7 @@ fn measure(harness: &mut Harness, beds: &mut [Bed], cases: &[Case], effort: Effo
 
 impl Contender<'_> {
     fn packets(&self, effort: Effort) -> u32 {
-        if self.case.traffic == Traffic::New { NEW_FLOWS } else { effort.packets }
+        if self.case.traffic == Traffic::New { effort.new_flows } else { effort.packets }
     }
 
     /// Packets before those that are timed: code and data shall be where they will be. And each of many flows shall have been heard of a
@@ -90,8 +108,8 @@ impl Contender<'_> {
         if self.case.traffic != Traffic::New && flows > count { flows } else { count / WARM_UP }
     }
 
-    /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows, not
-    /// those of the turn before.
+    /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows,
+    /// not those of the turn before.
     fn run(&self, harness: &mut Harness, bed: Option<&mut Bed>, effort: Effort, seed: u64) -> Result<f64> {
         let Self { case, target, .. } = self;
         let count = self.packets(effort);
@@ -106,16 +124,18 @@ impl Contender<'_> {
         harness.aim(target)?;
         harness.plan(&packets)?;
         let run = match bed {
-            None => harness.run(target.kind, &packets, count)?,
+            None => harness.run(target.kind(), &packets, count)?,
             Some(bed) => {
-                harness.run(target.kind, &packets, self.warm_up(count))?;
+                harness.run(target.kind(), &packets, self.warm_up(count))?;
                 let before = bed.counters();
-                let run = harness.run(target.kind, &packets, count)?;
-                bed.check(&before, case.traffic, count)?;
+                let run = harness.run(target.kind(), &packets, count)?;
+                if let Some(hook) = target.hook() {
+                    bed.check(&before, case, hook, count)?;
+                }
                 run
             }
         };
-        let verdict = target.verdict(case.traffic);
+        let verdict = target.verdict(case);
         ensure!(run.verdict == verdict, "the verdict is {}, not {verdict}", run.verdict);
         Ok(run.nanoseconds)
     }
@@ -126,7 +146,7 @@ fn rows(contenders: &[Contender<'_>], effort: Effort) -> Result<Vec<PacketRow>> 
     let row = |contender: &Contender<'_>| {
         let Contender { case, target, .. } = contender;
         let floor =
-            contenders.iter().find(|floor| floor.case.name == case.name && floor.target.name == target.kind.floor());
+            contenders.iter().find(|floor| floor.case.name == case.name && floor.target.name == target.kind().floor());
         let floor = spread(floor.context("there is no floor")?).median;
         let ns = spread(contender);
         let net_ns = ns.median - floor;
@@ -136,7 +156,7 @@ fn rows(contenders: &[Contender<'_>], effort: Effort) -> Result<Vec<PacketRow>> 
             ns,
             net_ns,
             ratio_to_floor: net_ns / floor,
-            floor: target.kind.floor().to_owned(),
+            floor: target.kind().floor().to_owned(),
             packets: contender.packets(effort),
             instructions: Some(target.instructions),
         })

@@ -17,12 +17,16 @@ use super::workload::NICENESS;
 /// Starts it with one thread on a core, and waits until it listens: all its sockets are there before the first is served.
 pub(crate) fn start(node: &Namespace, services: &[Service], core: usize, limit: Duration) -> Result<Process> {
     // It needs the services' addresses to be the node's own.
-    node.ip("route add local 10.96.0.0/12 dev lo\n")?;
+    node.ip("route add local 10.96.0.0/12 dev lo\nroute add local fd00:10:96::/47 dev lo\n")?;
+    node.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
     let dir = Run::current()?.new_dir("haproxy")?;
     let file = dir.join("haproxy.cfg");
     fs::write(&file, config(services, core))?;
-    let last =
-        services.iter().rfind(|service| service.protocol == Protocol::Tcp).context("no service of TCP")?.frontend;
+    let last = services
+        .iter()
+        .rfind(|service| service.protocol == Protocol::Tcp && service.frontend.is_ipv4())
+        .context("no service of TCP")?
+        .frontend;
     let nice = node.command("nice").args(["-n", &NICENESS.to_string(), "haproxy", "-db", "-f"]);
     let mut process = nice.arg(&file).spawn()?;
     let listening = wait_until("haproxy to listen", limit, || {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use netlb_integration::netns::Namespace;
+use netlb_integration::topology::Family;
 
 use super::services::Service;
 
@@ -16,23 +17,26 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
-    fn restore(self) -> &'static str {
-        match self {
-            Self::Legacy => "iptables-legacy-restore",
-            Self::Nft => "iptables-nft-restore",
+    fn restore(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Self::Legacy, Family::V4) => "iptables-legacy-restore",
+            (Self::Legacy, Family::V6) => "ip6tables-legacy-restore",
+            (Self::Nft, Family::V4) => "iptables-nft-restore",
+            (Self::Nft, Family::V6) => "ip6tables-nft-restore",
         }
     }
 }
 
-pub(crate) fn load(variant: Variant, node: &Namespace, rules: &str, limit: Duration) -> Result<()> {
-    node.command(variant.restore()).input(rules).timeout(limit).run()?.success().map(drop)
+/// Loads rules of a family.
+pub(crate) fn load(variant: Variant, node: &Namespace, family: Family, rules: &str, limit: Duration) -> Result<()> {
+    node.command(variant.restore(family)).input(rules).timeout(limit).run()?.success().map(drop)
 }
 
-/// The rules of the services, as iptables-restore reads them.
-pub(crate) fn rules(services: &[Service]) -> String {
+/// The rules of the services, which are of one family, as iptables-restore reads them.
+pub(crate) fn rules<'a>(services: impl IntoIterator<Item = &'a Service>) -> String {
     let mut chains = String::new();
     let mut rules = String::new();
-    for (number, service) in services.iter().enumerate() {
+    for (number, service) in services.into_iter().enumerate() {
         // Writing to a String cannot fail.
         let _ = write_service(&mut chains, &mut rules, number, service);
     }
@@ -66,13 +70,17 @@ pub(crate) fn rules(services: &[Service]) -> String {
 fn write_service(chains: &mut String, rules: &mut String, number: usize, service: &Service) -> std::fmt::Result {
     let Service { name, frontend, protocol, backends } = service;
     let (ip, port, protocol) = (frontend.ip(), frontend.port(), protocol.name());
+    let (bits, pods) = match service.family() {
+        Family::V4 => (32, "10.244.0.0/16"),
+        Family::V6 => (128, "fd00:10:244::/48"),
+    };
     // Names as long as those made of hashes.
     let chain = format!("KUBE-SVC-{number:016}");
     let to_service =
-        format!("-d {ip}/32 -p {protocol} -m comment --comment \"{name} cluster IP\" -m {protocol} --dport {port}");
+        format!("-d {ip}/{bits} -p {protocol} -m comment --comment \"{name} cluster IP\" -m {protocol} --dport {port}");
     writeln!(chains, ":{chain} - [0:0]")?;
     writeln!(rules, "-A KUBE-SERVICES {to_service} -j {chain}")?;
-    writeln!(rules, "-A {chain} ! -s 10.244.0.0/16 {to_service} -j KUBE-MARK-MASQ")?;
+    writeln!(rules, "-A {chain} ! -s {pods} {to_service} -j KUBE-MARK-MASQ")?;
     for (index, backend) in backends.iter().enumerate() {
         let endpoint = format!("KUBE-SEP-{number:012}{index:04}");
         writeln!(chains, ":{endpoint} - [0:0]")?;
@@ -87,7 +95,7 @@ fn write_service(chains: &mut String, rules: &mut String, number: usize, service
                 )?;
             }
         }
-        writeln!(rules, "-A {endpoint} -s {}/32 -m comment --comment \"{name}\" -j KUBE-MARK-MASQ", backend.ip())?;
+        writeln!(rules, "-A {endpoint} -s {}/{bits} -m comment --comment \"{name}\" -j KUBE-MARK-MASQ", backend.ip())?;
         writeln!(
             rules,
             "-A {endpoint} -p {protocol} -m comment --comment \"{name}\" -m {protocol} \
@@ -100,7 +108,7 @@ fn write_service(chains: &mut String, rules: &mut String, number: usize, service
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::services::{others, with_measured};
+    use crate::path::services::{has_family, others, with_measured};
 
     #[test]
     fn each_endpoint_gets_its_share_of_what_those_before_it_left() {
@@ -113,7 +121,8 @@ mod tests {
     #[test]
     fn the_measured_service_has_as_many_rules_before_it_as_behind_it() {
         let backends = ["10.244.1.3:8080".parse().unwrap()];
-        let rules = rules(&with_measured(1001, &backends));
+        assert!(has_family(1000, Family::V6) && !has_family(1001, Family::V6), "all of these are of one family");
+        let rules = rules(&with_measured(1001, |_| backends.to_vec()));
         let jumps: Vec<_> = rules.lines().filter(|line| line.starts_with("-A KUBE-SERVICES -d ")).collect();
         assert_eq!(jumps.len(), 1002);
         let measured: Vec<_> = (0..jumps.len()).filter(|&place| jumps[place].contains(" 10.96.0.10/32 ")).collect();

@@ -1,19 +1,28 @@
 //! The load balancers, and how each is set up on a site's node.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use aya::Ebpf;
+use aya::programs::{Xdp, XdpMode};
 use netlb_integration::daemon::{self, Config, Forwarding, Netlb};
 use netlb_integration::exec::Process;
+use netlb_integration::topology::Family;
 
 use super::iptables::Variant;
 use super::services::{Service, measured};
-use super::site::Site;
+use super::site::{Scene, Site};
 use super::workload::Traffic;
 use super::{haproxy, iptables, nftables};
 
 pub(crate) const NETLB_FAST: &str = "netlb fast";
+pub(crate) const NETLB_XDP: &str = "netlb XDP";
+pub(crate) const NETLB_SOCKET: &str = "netlb socket";
+/// What all others are compared with.
+pub(crate) const DIRECT: &str = "direct";
 const LOAD_LIMIT: Duration = Duration::from_secs(150);
 
 /// A load balancer to be measured. Another one is another line in [`PEERS`].
@@ -22,6 +31,7 @@ pub(crate) struct Peer {
     pub(crate) name: &'static str,
     /// Whether it takes part in a quick run.
     pub(crate) quick: bool,
+    scenes: &'static [Scene],
     udp: bool,
     reach: Reach,
     set_up: fn(&Site, &[Service]) -> Result<Balancer>,
@@ -35,20 +45,23 @@ enum Reach {
     Service,
 }
 
-/// The first is what all are compared with.
+/// The first is [`DIRECT`].
 pub(crate) const PEERS: &[Peer] = &[
-    Peer::new("direct", Reach::Backends, |_, _| Ok(Balancer::None)).quick(),
-    Peer::new("direct again", Reach::Backends, |_, _| Ok(Balancer::None)).quick(),
+    Peer::new(DIRECT, Reach::Backends, |_, _| Ok(Balancer::None)).everywhere().quick(),
+    Peer::new("direct again", Reach::Backends, |_, _| Ok(Balancer::None)).everywhere().quick(),
     Peer::new("direct + conntrack", Reach::Backends, |site, _| {
         nftables::load(site.node(), nftables::CONNECTION_TRACKING, LOAD_LIMIT)?;
         Ok(Balancer::None)
     }),
     Peer::new("iptables-legacy", Reach::Service, |site, services| kube_iptables(Variant::Legacy, site, services)),
-    Peer::new("iptables-nft", Reach::Service, |site, services| kube_iptables(Variant::Nft, site, services)).quick(),
+    Peer::new("iptables-nft", Reach::Service, |site, services| kube_iptables(Variant::Nft, site, services))
+        .everywhere()
+        .quick(),
     Peer::new("nftables", Reach::Service, |site, services| {
         nftables::load(site.node(), &nftables::rules(services), LOAD_LIMIT)?;
         Ok(Balancer::None)
     })
+    .everywhere()
     .quick(),
     Peer::new("haproxy", Reach::Service, |site, services| {
         let process = haproxy::start(site.node(), services, site.core, LOAD_LIMIT)?;
@@ -56,14 +69,32 @@ pub(crate) const PEERS: &[Peer] = &[
         Ok(Balancer::Proxy { _process: process })
     })
     .tcp_only(),
-    Peer::new(NETLB_FAST, Reach::Service, |site, services| netlb(Forwarding::Fast, site, services)).quick(),
+    Peer::new(NETLB_FAST, Reach::Service, |site, services| netlb(Forwarding::Fast, site, services))
+        .everywhere()
+        .quick(),
     Peer::new("netlb stack", Reach::Service, |site, services| netlb(Forwarding::Stack, site, services)),
-    Peer::new("netlb socket", Reach::Service, netlb_socket),
+    Peer::new(NETLB_SOCKET, Reach::Service, netlb_socket).quick(),
+    // What those pay who do not use the service.
+    Peer::new("netlb, but direct", Reach::Backends, |site, services| {
+        Ok(match netlb(Forwarding::Fast, site, services)? {
+            Balancer::Netlb(netlb) => Balancer::NetlbUnused(netlb),
+            other => other,
+        })
+    }),
+    Peer::new(NETLB_XDP, Reach::Service, netlb_xdp).far_only().quick(),
 ];
 
 impl Peer {
     const fn new(name: &'static str, reach: Reach, set_up: fn(&Site, &[Service]) -> Result<Balancer>) -> Self {
-        Self { name, quick: false, udp: true, reach, set_up }
+        Self { name, quick: false, scenes: &[Scene::Near], udp: true, reach, set_up }
+    }
+
+    const fn everywhere(self) -> Self {
+        Self { scenes: &[Scene::Near, Scene::Far], ..self }
+    }
+
+    const fn far_only(self) -> Self {
+        Self { scenes: &[Scene::Far], ..self }
     }
 
     const fn quick(self) -> Self {
@@ -82,10 +113,19 @@ impl Peer {
         self.udp || traffic.is_tcp()
     }
 
-    pub(crate) fn targets(&self, site: &Site) -> Vec<SocketAddr> {
+    /// Whether it is measured there.
+    pub(crate) fn is_in(&self, scene: Scene) -> bool {
+        self.scenes.contains(&scene)
+    }
+
+    pub(crate) fn is_netlb(&self) -> bool {
+        self.name.starts_with("netlb")
+    }
+
+    pub(crate) fn targets(&self, site: &Site, family: Family) -> Vec<SocketAddr> {
         match self.reach {
-            Reach::Backends => site.backends(),
-            Reach::Service => vec![measured()],
+            Reach::Backends => site.backends(family),
+            Reach::Service => vec![measured(family)],
         }
     }
 }
@@ -101,6 +141,14 @@ pub(crate) enum Balancer {
     Netlb(Box<Netlb>),
     /// At the client's socket: packets are between client and backend.
     NetlbSocket(Box<Netlb>),
+    /// It sees the packets, which are not for it.
+    NetlbUnused(Box<Netlb>),
+    /// At XDP of the uplink.
+    NetlbXdp {
+        netlb: Box<Netlb>,
+        /// On the cable's other end.
+        _pass: Ebpf,
+    },
 }
 
 impl Balancer {
@@ -122,6 +170,14 @@ impl Balancer {
                 let (sockets, packets) = (counted(netlb, "flows")?, counted(netlb, "packetsIn")?);
                 ensure!(sockets > 0 && packets == 0, "netlb counts {sockets} sockets and {packets} packets");
             }
+            Self::NetlbUnused(netlb) => {
+                let packets = counted(netlb, "packetsIn")?;
+                ensure!(packets == 0, "netlb counts {packets} packets that were not for it");
+            }
+            Self::NetlbXdp { netlb, .. } => {
+                let packets = netlb.counter("sent_by_xdp")?;
+                ensure!(packets >= operations, "XDP sent {packets} packets in {operations} operations");
+            }
         }
         Ok(())
     }
@@ -137,9 +193,34 @@ pub(crate) fn netlb_config(mut config: Config, services: &[Service]) -> Config {
 }
 
 fn netlb(forwarding: Forwarding, site: &Site, services: &[Service]) -> Result<Balancer> {
-    let node = site.bed.node_a();
-    let netlb = Netlb::start(node, &netlb_config(Config::new(node, forwarding), services))?;
+    let netlb = Netlb::start(site.bed.node_a(), &netlb_config(base(forwarding, site), services))?;
     Ok(Balancer::Netlb(Box::new(netlb)))
+}
+
+/// A configuration without services.
+fn base(forwarding: Forwarding, site: &Site) -> Config {
+    let config = Config::new(site.bed.node_a(), forwarding);
+    match site.scene() {
+        Scene::Near => config,
+        // One client begins as many flows within minutes as hundreds do elsewhere.
+        Scene::Far => config.extra("\n[snat]\nports = \"20000-65535\"\n"),
+    }
+}
+
+fn netlb_xdp(site: &Site, services: &[Service]) -> Result<Balancer> {
+    let config = base(Forwarding::Fast, site).xdp("native");
+    let netlb = Netlb::start(site.bed.node_a(), &netlb_config(config, services))?;
+    let pass = site.bed.switch()?.enter(|| receive_from_xdp(&site.harness, "to-a"))??;
+    Ok(Balancer::NetlbXdp { netlb: Box::new(netlb), _pass: pass })
+}
+
+/// Has an end of a veth take what the other end sends by XDP, which needs an XDP program there, though one that does nothing.
+fn receive_from_xdp(harness: &Path, interface: &str) -> Result<Ebpf> {
+    let mut ebpf = Ebpf::load(&fs::read(harness)?)?;
+    let pass: &mut Xdp = ebpf.program_mut("xdp_pass").context("there is no program xdp_pass")?.try_into()?;
+    pass.load()?;
+    pass.attach(interface, XdpMode::Driver).with_context(|| format!("failed to attach XDP to {interface}"))?;
+    Ok(ebpf)
 }
 
 fn netlb_socket(site: &Site, services: &[Service]) -> Result<Balancer> {
@@ -150,6 +231,11 @@ fn netlb_socket(site: &Site, services: &[Service]) -> Result<Balancer> {
 }
 
 fn kube_iptables(variant: Variant, site: &Site, services: &[Service]) -> Result<Balancer> {
-    iptables::load(variant, site.node(), &iptables::rules(services), LOAD_LIMIT)?;
+    for family in Family::BOTH {
+        let services = Vec::from_iter(services.iter().filter(|service| service.family() == family));
+        if !services.is_empty() {
+            iptables::load(variant, site.node(), family, &iptables::rules(services), LOAD_LIMIT)?;
+        }
+    }
     Ok(Balancer::None)
 }
