@@ -57,6 +57,25 @@ fn the_world_sees_the_node_and_its_answers_reach_the_pod() -> TestResult {
         }
         let status = netlb.must(["status"])?;
         assert!(status.contains("flows_masqueraded"), "{status}");
+        let line = |family| Host::A.underlay_address(family).to_string();
+        for what in ["node ports    ", "SNAT          "] {
+            let line = format!("{what}{},{}\n", line(Family::V4), line(Family::V6));
+            assert!(status.contains(&line), "{line}; {status}");
+        }
+        let flows = netlb.items(["flows", "list"])?;
+        for (family, protocol) in
+            Family::BOTH.into_iter().flat_map(|family| ["tcp", "udp", "icmp"].map(|it| (family, it)))
+        {
+            let (pod, node) = (pod.ip(family), Host::A.underlay_address(family));
+            let ip = |end: &serde_json::Value| {
+                end.as_str().and_then(|end| end.parse::<SocketAddr>().ok()).map(|end| end.ip())
+            };
+            let is_it = |flow: &&serde_json::Value| {
+                flow["masqueraded"] == true && flow["protocol"] == protocol && ip(&flow["client"]) == Some(pod)
+            };
+            let flow = flows.iter().find(is_it).with_context(|| format!("{family}, {protocol}: {flows:?}"))?;
+            assert_eq!((ip(&flow["source"]), &flow["service"]), (Some(node), &serde_json::Value::Null), "{flow}");
+        }
     }
     Ok(())
 }

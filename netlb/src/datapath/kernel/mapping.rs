@@ -13,6 +13,7 @@ use std::{
 use netlb_common::{
     hop::Hop,
     maps::{Backend, Config, Frontend, Tally},
+    snat::Source,
     table::{Bucket, Record},
 };
 
@@ -37,6 +38,8 @@ unsafe impl Shared for Record {}
 unsafe impl Shared for Tally {}
 // SAFETY: as above.
 unsafe impl Shared for Hop {}
+// SAFETY: as above.
+unsafe impl Shared for Source {}
 
 /// An element that is copied in and out.
 ///

@@ -1,16 +1,18 @@
 //! The flow table, seen from user space.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use netlb_common::{
+    addr::PortBe,
     conntrack::{Direction, State as FlowState},
     flow::Fingerprint,
+    snat,
     table::{self, Data, Place, SLOTS, Slot, Storage, is_live},
     time::seconds_from_ticks,
 };
 
 use super::*;
-use crate::dataplane::{BackendCounters, Flow, FlowFilter, ServiceStats};
+use crate::dataplane::{BackendCounters, Flow, FlowFilter, FlowService, ServiceStats};
 
 /// Ticks in which the sweep passes the whole table once: far less than the time field takes to wrap.
 const SWEEP_TICKS: u32 = 256;
@@ -75,8 +77,7 @@ impl<M: Maps> Programmer<M> {
     pub fn count_flows(&self, filter: &FlowFilter) -> u64 {
         let Some(service) = self.filtered_service(filter) else { return 0 };
         let mut count = 0;
-        // What is masqueraded is no service's.
-        self.each_flow((self.clock)(), |_, _, data| count += u64::from(data.id() != 0 && self.is_of(data, service)));
+        self.each_flow((self.clock)(), |_, _, data| count += u64::from(self.is_of(data, service)));
         count
     }
 
@@ -199,19 +200,46 @@ impl<M: Maps> Programmer<M> {
 
     fn flow(&self, storage: &dyn Storage, place: Place, slot: &Slot, data: Data, now: Ticks) -> Option<Flow> {
         let record = storage.record(place)?.read(Fingerprint(slot.fingerprint.load()))?;
-        let backend = self.backends.get(data.id())?;
+        let service = if data.is_masqueraded() {
+            None
+        } else {
+            let backend = self.backends.get(data.id())?;
+            Some(FlowService {
+                name: self.name(backend.service),
+                frontend: frontend_of(&self.frontends.get(record.frontend)?.key)?,
+                backend: socket_address(backend.key.addr, backend.key.port),
+            })
+        };
+        let source = self.maps.source(record.snat.source());
         Some(Flow {
-            service: self.name(backend.service),
+            service,
             client: socket_address(record.client, record.client_port),
-            frontend: frontend_of(&self.frontends.get(record.frontend)?.key)?,
-            backend: socket_address(backend.key.addr, backend.key.port),
+            protocol: protocol_name(record.protocol).to_owned(),
+            source: source.map(|address| socket_address(address, record.snat.port())),
             state: data.state().name().to_owned(),
             idle_seconds: seconds_from_ticks(data.idle(now).into()),
         })
     }
 
+    /// The addresses of the node that flows were given as their source: those of IPv4 first.
+    pub fn sources(&self) -> Vec<IpAddr> {
+        let known = (1..snat::ADDRESSES).filter_map(|index| self.maps.source(index));
+        let mut sources: Vec<_> = known.map(|address| socket_address(address, PortBe(0)).ip()).collect();
+        sources.sort_unstable();
+        sources
+    }
+
     fn each_flow(&self, now: Ticks, mut each: impl FnMut(Place, &Slot, Data)) {
         forward(self.maps.flows(), now).for_each(|(place, slot, data)| each(place, slot, data));
+    }
+}
+
+/// Echo requests are flows only where they are masqueraded.
+fn protocol_name(number: u8) -> &'static str {
+    match number {
+        6 => "tcp",
+        17 => "udp",
+        _ => "icmp",
     }
 }
 

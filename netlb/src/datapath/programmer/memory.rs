@@ -78,6 +78,8 @@ pub(super) struct MemoryMaps {
     filter: Vec<u64>,
     pub(super) service_stats: Vec<ServiceCounters>,
     pub(super) backend_flows: Vec<u64>,
+    /// Those that flows were given, from index 1 on.
+    pub(super) sources: Vec<Addr>,
     flows: FlowTable,
     clock: TestClock,
     /// Records that packets under way may still read, though `SERVICES` names them no more.
@@ -155,6 +157,7 @@ impl MemoryMaps {
             filter: vec![0; 1 << (sizes.filter_bits_log2 - 6)],
             service_stats: vec![ServiceCounters::default(); len(sizes.frontends)],
             backend_flows: vec![0; len(sizes.backends)],
+            sources: Vec::new(),
             flows: FlowTable::new(),
             clock,
             lingering: Mutex::default(),
@@ -225,6 +228,21 @@ impl MemoryMaps {
             self.service_stats[config.service as usize].flows += 1;
         }
         Some(backend)
+    }
+
+    /// What masquerading leaves behind: the directions of a flow that is no service's.
+    pub(super) fn begin_masqueraded(&mut self, client: u16, source: Addr, port: PortBe) {
+        self.sources.push(source);
+        let fingerprint = |salt: u64| Fingerprint((u64::from(client) ^ salt).wrapping_mul(0xff51_afd7_ed55_8ccd));
+        let (forward, reply) = (fingerprint(1 << 40), fingerprint(1 << 50));
+        let (snat, now) = (Snat::new(self.sources.len() as u32, port), self.clock.now());
+        for (fingerprint, twin, direction) in [(reply, forward, Direction::Reply), (forward, reply, Direction::Forward)]
+        {
+            let (client, client_port) = (Addr::from_v4([10, 244, 9, 9]), PortBe::new(client));
+            let flow = Flow { twin, client, client_port, protocol: 6, snat, frontend: 0, backend: 0 };
+            let data = Data::new(direction, State::ESTABLISHED, 0).with_snat(true);
+            table::insert(&self.flows, &New { fingerprint, data, flow, now });
+        }
     }
 
     /// Live slots.
@@ -549,6 +567,10 @@ impl Maps for MemoryMaps {
 
     fn clear_backend_flows(&mut self, id: u32) {
         self.backend_flows[id as usize] = 0;
+    }
+
+    fn source(&self, index: u32) -> Option<Addr> {
+        self.sources.get((index as usize).checked_sub(1)?).copied()
     }
 
     fn flows(&self) -> &dyn Storage {
