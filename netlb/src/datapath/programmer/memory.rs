@@ -80,7 +80,7 @@ pub(super) struct MemoryMaps {
     pub(super) backend_flows: Vec<u64>,
     /// Those that flows were given, from index 1 on.
     pub(super) sources: Vec<Addr>,
-    flows: FlowTable,
+    pub(super) flows: FlowTable,
     clock: TestClock,
     /// Records that packets under way may still read, though `SERVICES` names them no more.
     lingering: Mutex<HashSet<u32>>,
@@ -101,6 +101,9 @@ pub(super) struct MemoryMaps {
 pub(super) struct FlowTable {
     buckets: Box<[Bucket]>,
     records: Box<[Record]>,
+    clock: TestClock,
+    /// How long it is until a scan that has begun sees its first bucket, while which all flows are busy.
+    pub(super) scan_ticks: AtomicU32,
 }
 
 pub(super) const TIMEOUT: u32 = 100;
@@ -112,6 +115,11 @@ impl Storage for FlowTable {
     }
 
     fn bucket(&self, index: u32) -> Option<&Bucket> {
+        let ticks = self.scan_ticks.load(Ordering::Relaxed);
+        if index == 0 && ticks > 0 {
+            self.clock.advance(ticks);
+            self.refresh();
+        }
         self.buckets.get(index as usize)
     }
 
@@ -127,12 +135,24 @@ impl Storage for FlowTable {
 impl Operations for &FlowTable {}
 
 impl FlowTable {
-    fn new() -> Self {
+    /// Has a packet come for each direction of every flow.
+    fn refresh(&self) {
+        for slot in self.buckets.iter().flat_map(|bucket| &bucket.slots) {
+            let data = Data(slot.data.load());
+            if is_live(self, data, self.clock.now()) {
+                table::change(slot, data, |data| data.after(Segment::DATAGRAM, self.clock.now()));
+            }
+        }
+    }
+
+    fn new(clock: TestClock) -> Self {
         // SAFETY: both are words, which may be zero.
         unsafe {
             Self {
                 buckets: Box::new_zeroed_slice(BUCKETS).assume_init(),
                 records: Box::new_zeroed_slice(BUCKETS * SLOTS).assume_init(),
+                clock,
+                scan_ticks: AtomicU32::new(0),
             }
         }
     }
@@ -158,7 +178,7 @@ impl MemoryMaps {
             service_stats: vec![ServiceCounters::default(); len(sizes.frontends)],
             backend_flows: vec![0; len(sizes.backends)],
             sources: Vec::new(),
-            flows: FlowTable::new(),
+            flows: FlowTable::new(clock.clone()),
             clock,
             lingering: Mutex::default(),
             log: Mutex::default(),
@@ -253,16 +273,6 @@ impl MemoryMaps {
     fn live_slots(&self) -> impl Iterator<Item = Data> {
         let slots = self.flows.buckets.iter().flat_map(|bucket| &bucket.slots);
         slots.map(|slot| Data(slot.data.load())).filter(|data| is_live(&self.flows, *data, self.clock.now()))
-    }
-
-    /// Has a packet come for each direction of every flow.
-    fn refresh_flows(&self) {
-        for slot in self.flows.buckets.iter().flat_map(|bucket| &bucket.slots) {
-            let data = Data(slot.data.load());
-            if is_live(&self.flows, data, self.clock.now()) {
-                table::change(slot, data, |data| data.after(Segment::DATAGRAM, self.clock.now()));
-            }
-        }
     }
 
     fn note(&self, op: Op) {
@@ -581,7 +591,7 @@ impl Maps for MemoryMaps {
         self.note(Op::Grace);
         self.clock.advance(self.grace_ticks);
         if self.grace_ticks > 0 {
-            self.refresh_flows();
+            self.flows.refresh();
         }
         self.lingering.lock().unwrap().clear();
     }

@@ -837,6 +837,23 @@ fn flows_say_who_talks_to_whom() {
 }
 
 #[test]
+fn flows_that_packets_refresh_during_a_scan_are_seen() {
+    let mut bench = Bench::new();
+    bench.serve(&[with_algorithm("web", &[WEB], &[A], Algorithm::LeastConn)]);
+    let id = bench.begin_flow(WEB, 1).unwrap();
+    bench.maps().flows.scan_ticks = 8.into();
+    let all = FlowFilter::default();
+    assert_eq!(bench.programmer.count_flows(&all), 1);
+    assert_eq!(bench.programmer.flows(&all, 9).len(), 1);
+    assert_eq!(bench.stats("web").backends[0].1.active, 1);
+    assert_eq!(bench.used("flows"), 2);
+    bench.programmer.count_loads();
+    assert_eq!(bench.maps().backend(id).base, 0, "one was given, and one lives");
+    assert_eq!(bench.programmer.flush_flows(&all), 1);
+    assert_eq!(bench.maps().live(), 0);
+}
+
+#[test]
 fn what_is_masqueraded_is_among_all_flows_and_no_services() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A])]);
