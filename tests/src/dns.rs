@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 
-/// For an answer, before the question is asked again.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// For an answer, before the question is asked again. As long as a busy machine may take to replace a server.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Between two questions.
 const PAUSE: Duration = Duration::from_millis(5);
 /// A header with one question: recursion is not asked for, as of an authoritative server.
