@@ -212,40 +212,21 @@ pub fn may_bind<T: Tables>(tables: T, named: &EndpointKey, families: impl FnOnce
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        cell::{Cell, RefCell},
-        collections::HashMap,
-        vec::Vec,
-    };
+    use std::{cell::RefCell, collections::HashMap, vec, vec::Vec};
 
     use super::*;
-    use crate::{
-        conntrack::State,
-        flow::HashKey,
-        maps::{ConfigRef, Frontend, Owners},
-        table::{Bucket, Operations, Overflow, Place, Record, Storage},
-    };
+    use crate::{flow::HashKey, testing::Maps};
 
     const COOKIE: u64 = 7;
     const UDP: u8 = udp::PROTOCOL;
     const TCP: u8 = 6;
 
-    /// The maps of one service with three backends, numbers 1 to 3, and a ring that has each once; and what is known of sockets.
+    /// The maps of one service with three backends, numbers 1 to 3; and what is known of sockets.
     struct Node {
-        config: Config,
-        reference: ConfigRef,
-        backends: Vec<Backend>,
-        random: u32,
-        /// Random numbers are the lowest and the highest in turns.
-        alternates: bool,
-        key: HashKey,
-        flows: [u64; 4],
-        turn: Cell<u64>,
+        maps: Maps,
         sockets: RefCell<HashMap<SocketKey, Counterpart>>,
         counted: RefCell<Vec<u32>>,
         caller: Caller,
-        affinity: RefCell<HashMap<AffinityKey, Affinity>>,
-        has_room: bool,
         events: RefCell<Vec<Counter>>,
     }
 
@@ -268,39 +249,31 @@ mod tests {
                 service: 4,
                 ..Backend::default()
             };
+            let config = Config {
+                key: service(protocol),
+                generation: 9,
+                service: 4,
+                ring_len: 3,
+                members_len: 3,
+                ..Config::default()
+            };
             Self {
-                config: Config {
-                    key: service(protocol),
-                    generation: 9,
-                    service: 4,
-                    ring_len: 3,
-                    members_len: 3,
-                    ..Config::default()
-                },
-                reference: ConfigRef::new(0, 9),
-                backends: (0..4).map(backend).collect(),
-                random: 0,
-                alternates: false,
-                key: HashKey::new([1, 2, 3, 4]),
-                flows: [0; 4],
-                turn: Cell::new(0),
+                maps: Maps::of(vec![config], (0..4).map(backend).collect()),
                 sockets: RefCell::default(),
                 counted: RefCell::default(),
                 caller: Caller { cookie: COOKIE, is_node: true, now: Ticks(1000) },
-                affinity: RefCell::default(),
-                has_room: true,
                 events: RefCell::default(),
             }
         }
 
         fn connect(&self, named: &EndpointKey) -> (Outcome, u32) {
             let mut backend = Counterpart::default();
-            (connect(self, self, &self.caller, named, &mut backend), backend.backend)
+            (connect(&self.maps, self, &self.caller, named, &mut backend), backend.backend)
         }
 
         fn send(&self) -> (Outcome, u32) {
             let mut backend = Counterpart::default();
-            (send(self, self, &self.caller, &self.config.key, &mut backend), backend.backend)
+            (send(&self.maps, self, &self.caller, &self.maps.configs[0].key, &mut backend), backend.backend)
         }
 
         fn peer(&self, backend: u8) -> Option<Addr> {
@@ -330,141 +303,15 @@ mod tests {
         }
     }
 
-    impl Operations for &Node {}
-
-    /// Sockets have nothing to do with the flow table.
-    impl Storage for &Node {
-        fn mask(&self) -> u32 {
-            unreachable!()
-        }
-
-        fn bucket(&self, _: u32) -> Option<&Bucket> {
-            unreachable!()
-        }
-
-        fn record(&self, _: Place) -> Option<&Record> {
-            unreachable!()
-        }
-
-        fn overflow(&self, _: u32) -> Option<&Overflow> {
-            unreachable!()
-        }
-
-        fn timeout(&self, _: State) -> u32 {
-            unreachable!()
-        }
-    }
-
-    impl Tables for &Node {
-        fn hash_key(&self) -> HashKey {
-            self.key
-        }
-
-        fn filter_bits_log2(&self) -> u32 {
-            unreachable!()
-        }
-
-        fn filter_has(&self, _: u32) -> bool {
-            unreachable!()
-        }
-
-        fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
-            (*key == service(key.protocol)).then_some(self.reference)
-        }
-
-        fn config(&self, index: u32) -> Option<&Config> {
-            (index == 0).then_some(&self.config)
-        }
-
-        fn ring(&self, slot: u32) -> Option<u16> {
-            Some(slot as u16)
-        }
-
-        fn member(&self, index: u32) -> Option<u32> {
-            Some(index + 1)
-        }
-
-        fn backend(&self, id: u32) -> Option<&Backend> {
-            self.backends.get(id as usize)
-        }
-
-        fn frontend(&self, _: u32) -> Option<&Frontend> {
-            unreachable!()
-        }
-
-        fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
-            unreachable!()
-        }
-
-        fn is_in_range(&self, _: u32, _: Addr) -> bool {
-            unreachable!()
-        }
-
-        fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
-            self.affinity.borrow().get(key).copied()
-        }
-
-        fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
-            if self.has_room {
-                self.affinity.borrow_mut().insert(*key, value);
-            }
-            self.has_room
-        }
-
-        fn forget_affinity(&self, key: &AffinityKey) {
-            self.affinity.borrow_mut().remove(key);
-        }
-
-        fn address(&self, _: Addr) -> u32 {
-            unreachable!()
-        }
-
-        fn is_owned(&self, _: Addr) -> bool {
-            unreachable!()
-        }
-
-        fn is_masqueraded(&self, _: Addr, _: Addr) -> bool {
-            unreachable!()
-        }
-
-        fn source(&self, _: u32) -> Option<Addr> {
-            unreachable!()
-        }
-
-        fn source_index(&self, _: Addr) -> u32 {
-            unreachable!()
-        }
-
-        fn snat_ports(&self) -> crate::snat::Ports {
-            unreachable!()
-        }
-
-        fn flows_of(&self, backend: u32) -> u64 {
-            self.flows[backend as usize]
-        }
-
-        fn turn(&self, _: u32) -> u64 {
-            self.turn.replace(self.turn.get() + 1)
-        }
-
-        fn random(&self) -> u32 {
-            if self.alternates { self.turn.replace(self.turn.get() + 1) as u32 % 2 * u32::MAX } else { self.random }
-        }
-
-        fn count(&self, _: Counter) {}
-
-        fn count_flow(&self, _: u32, _: u32) {}
-    }
-
     #[test]
     fn node_ports_are_not_bound() {
         let mut node = Node::new(TCP);
-        node.config.flags = Config::NODE;
+        node.maps.configs[0].flags = Config::NODE;
         let named = service(TCP);
         let may = |node: &Node, addr, port, served| {
             let key = EndpointKey::new(addr, PortBe::new(port), TCP);
             let families = |key: &NodePortKey| if *key == NodePortKey::new(named.port, TCP) { served } else { 0 };
-            may_bind(node, &key, families)
+            may_bind(&node.maps, &key, families)
         };
         let (any_v4, any) = (Addr::from_v4([0; 4]), Addr::default());
         let any_v6_of = |served| may(&node, any, 53, served);
@@ -473,72 +320,72 @@ mod tests {
         assert!(may(&node, any_v4, 54, family::V4), "another port");
         assert!(!may(&node, named.addr, 53, family::V4));
         assert!(may(&node, addr(9), 53, family::V4), "an address it is not served at");
-        node.config.flags = 0;
+        node.maps.configs[0].flags = 0;
         assert!(may(&node, named.addr, 53, family::V4), "served, but not as an address of the node");
     }
 
     #[test]
     fn a_record_that_was_reused_is_not_in_force() {
         let mut node = Node::new(TCP);
-        assert!(balance::in_force(&&node, &service(TCP)).is_some());
-        node.config.generation += 1;
-        assert!(balance::in_force(&&node, &service(TCP)).is_none(), "another generation");
-        node.config.generation -= 1;
-        node.config.key.port = PortBe::new(54);
-        assert!(balance::in_force(&&node, &service(TCP)).is_none(), "another key");
+        assert!(balance::in_force(&&node.maps, &service(TCP)).is_some());
+        node.maps.configs[0].generation += 1;
+        assert!(balance::in_force(&&node.maps, &service(TCP)).is_none(), "another generation");
+        node.maps.configs[0].generation -= 1;
+        node.maps.configs[0].key.port = PortBe::new(54);
+        assert!(balance::in_force(&&node.maps, &service(TCP)).is_none(), "another key");
         assert_eq!(node.connect(&service(TCP)), (Outcome::Untouched, 0));
     }
 
     #[test]
     fn the_first_member_is_by_hash_by_chance_or_in_turns() {
         let mut node = Node::new(TCP);
-        node.random = u32::MAX;
+        node.maps.random = u32::MAX;
         let mut first = |algorithm| {
-            node.config.algorithm = algorithm;
-            balance::first_member(&node, &node.config, u32::MAX / 2)
+            node.maps.configs[0].algorithm = algorithm;
+            balance::first_member(&node.maps, &node.maps.configs[0], u32::MAX / 2)
         };
         assert_eq!(first(algorithm::MAGLEV), Some(1));
         assert_eq!(first(algorithm::RANDOM), Some(2));
         assert_eq!([(); 4].map(|()| first(algorithm::ROUND_ROBIN)), [Some(0), Some(1), Some(2), Some(0)]);
-        node.config.ring_len = 0;
-        assert_eq!(balance::first_member(&node, &node.config, 0), None);
+        node.maps.configs[0].ring_len = 0;
+        assert_eq!(balance::first_member(&node.maps, &node.maps.configs[0], 0), None);
     }
 
     #[test]
     fn of_two_members_the_less_busy_one_is_first() {
         let mut node = Node::new(TCP);
-        node.config.algorithm = algorithm::LEAST_CONN;
-        node.alternates = true;
+        node.maps.configs[0].algorithm = algorithm::LEAST_CONN;
+        node.maps.alternates = true;
         // Members 0 and 2 are drawn, which are backends 1 and 3.
         let first = |node: &Node| {
-            node.turn.set(0);
-            balance::first_member(node, &node.config, 0)
+            node.maps.turn.set(0);
+            balance::first_member(&node.maps, &node.maps.configs[0], 0)
         };
         assert_eq!(first(&node), Some(0), "as busy");
-        node.flows = [0, 5, 0, 4];
+        node.maps.given = vec![0, 5, 0, 4];
         assert_eq!(first(&node), Some(2));
-        node.backends[1].weight = 2;
+        node.maps.backends[1].weight = 2;
         assert_eq!(first(&node), Some(0), "it is to have twice as many");
-        node.backends[3].base = 2_u64.wrapping_neg();
+        node.maps.backends[3].base = 2_u64.wrapping_neg();
         assert_eq!(first(&node), Some(2), "some of its flows ended");
-        node.config.affinity = 100;
+        node.maps.configs[0].affinity = 100;
         assert_eq!(first(&node), Some(0), "clients that keep their backends go by their address");
-        node.config.affinity = 0;
-        node.turn.set(0);
+        node.maps.configs[0].affinity = 0;
+        node.maps.turn.set(0);
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 3));
     }
 
     #[test]
     fn by_source_hash_the_node_is_one_client() {
         let mut node = Node::new(TCP);
-        node.config.algorithm = algorithm::SOURCE_HASH;
+        node.maps.configs[0].algorithm = algorithm::SOURCE_HASH;
         let (_, chosen) = node.connect(&service(TCP));
         for random in [1 << 30, u32::MAX] {
-            node.random = random;
+            node.maps.random = random;
             assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, chosen));
         }
         let keys = (0..50).map(|n| {
-            node.key = HashKey::new([n, n + 1, n * 7, n << 40]);
+            node.maps.key = HashKey::new([n, n + 1, n * 7, n << 40]);
             node.connect(&service(TCP)).1
         });
         assert_eq!(keys.collect::<std::collections::HashSet<_>>().len(), 3, "not every node takes the same");
@@ -561,13 +408,13 @@ mod tests {
     #[test]
     fn a_backend_that_drains_is_passed_over_and_where_all_do_the_call_is_refused() {
         let mut node = Node::new(TCP);
-        node.backends[1].flags = Backend::SERVING;
+        node.maps.backends[1].flags = Backend::SERVING;
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 2));
-        for backend in &mut node.backends {
+        for backend in &mut node.maps.backends {
             backend.flags = Backend::SERVING;
         }
         assert_eq!(node.connect(&service(TCP)), (Outcome::Nobody, 0));
-        node.config.ring_len = 0;
+        node.maps.configs[0].ring_len = 0;
         assert_eq!(node.connect(&service(TCP)), (Outcome::Nobody, 0));
     }
 
@@ -575,10 +422,10 @@ mod tests {
     fn datagrams_keep_their_backend_while_it_serves() {
         let mut node = Node::new(UDP);
         assert_eq!(node.send(), (Outcome::Exchanged, 1));
-        node.random = u32::MAX;
-        node.backends[1].flags = Backend::SERVING;
+        node.maps.random = u32::MAX;
+        node.maps.backends[1].flags = Backend::SERVING;
         assert_eq!(node.send(), (Outcome::Exchanged, 1), "it drains");
-        node.backends[1].flags = 0;
+        node.maps.backends[1].flags = 0;
         assert_eq!(node.send(), (Outcome::Exchanged, 3), "it serves no more");
         assert_eq!(*node.counted.borrow(), [1, 3]);
         // A late answer of the one before.
@@ -589,11 +436,11 @@ mod tests {
     fn datagrams_leave_a_number_that_became_another_backends() {
         let mut node = Node::new(UDP);
         assert_eq!(node.send(), (Outcome::Exchanged, 1));
-        node.random = u32::MAX;
-        node.backends[1].addr = addr(99);
+        node.maps.random = u32::MAX;
+        node.maps.backends[1].addr = addr(99);
         assert_eq!(node.send(), (Outcome::Exchanged, 3), "another address");
-        node.backends[3].service = 5;
-        node.random = 0;
+        node.maps.backends[3].service = 5;
+        node.maps.random = 0;
         assert_eq!(node.send(), (Outcome::Exchanged, 1), "another service");
     }
 
@@ -618,44 +465,44 @@ mod tests {
     #[test]
     fn a_node_outside_of_the_ranges_is_refused_and_pods_are_left_to_their_packets() {
         let mut node = Node::new(UDP);
-        node.config.flags = Config::RANGES;
+        node.maps.configs[0].flags = Config::RANGES;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Forbidden, 0));
         assert_eq!(node.send(), (Outcome::Forbidden, 0));
-        node.config.flags |= Config::RANGES_HAVE_NODE;
+        node.maps.configs[0].flags |= Config::RANGES_HAVE_NODE;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Exchanged, 1));
         node.caller.is_node = false;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Untouched, 0));
         assert_eq!(node.send(), (Outcome::Untouched, 0));
-        node.config.flags = 0;
+        node.maps.configs[0].flags = 0;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Exchanged, 1));
-        node.config.affinity = 100;
+        node.maps.configs[0].affinity = 100;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Untouched, 0));
     }
 
     #[test]
     fn what_policy_leaves_without_backends_is_forbidden() {
         let mut node = Node::new(TCP);
-        (node.config.ring_len, node.config.flags) = (0, Config::DROP);
+        (node.maps.configs[0].ring_len, node.maps.configs[0].flags) = (0, Config::DROP);
         assert_eq!(node.connect(&service(TCP)), (Outcome::Forbidden, 0));
     }
 
     #[test]
     fn the_node_keeps_its_backend() {
         let mut node = Node::new(TCP);
-        node.config.affinity = 100;
+        node.maps.configs[0].affinity = 100;
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
-        node.random = u32::MAX;
+        node.maps.random = u32::MAX;
         node.caller.now = Ticks(1100);
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
         node.caller.now = Ticks(1200);
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1), "the last one made it young again");
         node.caller.now = Ticks(1301);
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 3));
-        node.backends[3].flags = Backend::SERVING;
-        node.random = 0;
+        node.maps.backends[3].flags = Backend::SERVING;
+        node.maps.random = 0;
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
         assert!(node.events.borrow().is_empty());
-        node.has_room = false;
+        node.maps.has_room = false;
         assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
         assert_eq!(*node.events.borrow(), [Counter::AffinityFull]);
     }

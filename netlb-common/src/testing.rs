@@ -1,11 +1,22 @@
 //! A flow table and maps in memory, for the tests of what runs on them.
 
-use std::boxed::Box;
+use std::{
+    boxed::Box,
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    vec,
+    vec::Vec,
+};
 
 use crate::{
+    addr::Addr,
     atomic::Word,
+    balance::Tables,
     conntrack::State,
-    flow::Fingerprint,
+    counters::Counter,
+    flow::{Fingerprint, HashKey},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    snat::Ports,
     table::{Bucket, Data, Operations, Overflow, Place, Record, SLOTS, Slot, Storage, is_live},
     time::Ticks,
 };
@@ -73,6 +84,191 @@ impl Storage for Memory {
     fn timeout(&self, _: State) -> u32 {
         TIMEOUT
     }
+}
+
+/// The maps of a node. Rings and lists of members are what is plain: slot n has member n, which is backend n + 1.
+pub(crate) struct Maps {
+    pub(crate) flows: Memory,
+    /// What is in force of the records. It stays what it is when a record changes.
+    pub(crate) services: HashMap<EndpointKey, ConfigRef>,
+    pub(crate) configs: Vec<Config>,
+    pub(crate) backends: Vec<Backend>,
+    /// Flows that backends were given, by their number.
+    pub(crate) given: Vec<u64>,
+    pub(crate) affinity: RefCell<HashMap<AffinityKey, Affinity>>,
+    /// Whether there is room for more of it.
+    pub(crate) has_room: bool,
+    /// Services and the clients that they let in.
+    pub(crate) ranges: Vec<(u32, Addr)>,
+    /// What is known of addresses, as [`crate::maps::address`] says it.
+    pub(crate) addresses: HashMap<Addr, u32>,
+    /// The first bytes of addresses that are services' or nobody's.
+    pub(crate) owned: Vec<u8>,
+    /// From where to where packets get another source.
+    pub(crate) masqueraded: Option<(Addr, Addr)>,
+    /// Addresses of the node, from index 1 on.
+    pub(crate) sources: Vec<Addr>,
+    pub(crate) counted: RefCell<Vec<Counter>>,
+    pub(crate) turn: Cell<u64>,
+    pub(crate) random: u32,
+    /// Random numbers are the lowest and the highest in turns.
+    pub(crate) alternates: bool,
+    pub(crate) key: HashKey,
+}
+
+impl Maps {
+    /// With these records in force, and these backends by number.
+    pub(crate) fn of(configs: Vec<Config>, backends: Vec<Backend>) -> Self {
+        let in_force =
+            |(index, config): (usize, &Config)| (config.key, ConfigRef::new(index as u32, config.generation));
+        Self {
+            flows: Memory::new(64),
+            services: configs.iter().enumerate().map(in_force).collect(),
+            given: vec![0; backends.len()],
+            configs,
+            backends,
+            affinity: RefCell::default(),
+            has_room: true,
+            ranges: Vec::new(),
+            addresses: HashMap::new(),
+            // Begins no address: the longest are of 16 bytes.
+            owned: vec![0xff; 17],
+            masqueraded: None,
+            sources: Vec::new(),
+            counted: RefCell::default(),
+            turn: Cell::new(0),
+            random: 0,
+            alternates: false,
+            key: HashKey::new([1, 2, 3, 4]),
+        }
+    }
+}
+
+impl Operations for &Maps {}
+
+impl Storage for &Maps {
+    fn mask(&self) -> u32 {
+        self.flows.mask()
+    }
+
+    fn bucket(&self, index: u32) -> Option<&Bucket> {
+        self.flows.bucket(index)
+    }
+
+    fn record(&self, place: Place) -> Option<&Record> {
+        self.flows.record(place)
+    }
+
+    fn overflow(&self, index: u32) -> Option<&Overflow> {
+        self.flows.overflow(index)
+    }
+
+    fn timeout(&self, state: State) -> u32 {
+        self.flows.timeout(state)
+    }
+}
+
+impl Tables for &Maps {
+    fn hash_key(&self) -> HashKey {
+        self.key
+    }
+
+    fn filter_bits_log2(&self) -> u32 {
+        15
+    }
+
+    fn filter_has(&self, _: u32) -> bool {
+        false
+    }
+
+    fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
+        self.services.get(key).copied()
+    }
+
+    fn config(&self, index: u32) -> Option<&Config> {
+        self.configs.get(index as usize)
+    }
+
+    fn ring(&self, slot: u32) -> Option<u16> {
+        Some(slot as u16)
+    }
+
+    fn member(&self, index: u32) -> Option<u32> {
+        Some(index + 1)
+    }
+
+    fn backend(&self, id: u32) -> Option<&Backend> {
+        self.backends.get(id as usize)
+    }
+
+    fn frontend(&self, _: u32) -> Option<&Frontend> {
+        None
+    }
+
+    fn source(&self, index: u32) -> Option<Addr> {
+        self.sources.get((index as usize).checked_sub(1)?).copied()
+    }
+
+    fn source_index(&self, _: Addr) -> u32 {
+        0
+    }
+
+    fn snat_ports(&self) -> Ports {
+        Ports { first: 61_000, more: 4535 }
+    }
+
+    fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
+        None
+    }
+
+    fn is_in_range(&self, service: u32, client: Addr) -> bool {
+        self.ranges.contains(&(service, client))
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
+        if self.has_room {
+            self.affinity.borrow_mut().insert(*key, value);
+        }
+        self.has_room
+    }
+
+    fn forget_affinity(&self, key: &AffinityKey) {
+        self.affinity.borrow_mut().remove(key);
+    }
+
+    fn address(&self, addr: Addr) -> u32 {
+        self.addresses.get(&addr).copied().unwrap_or(0)
+    }
+
+    fn is_owned(&self, addr: Addr) -> bool {
+        addr.to_bytes().starts_with(&self.owned)
+    }
+
+    fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool {
+        self.masqueraded == Some((source, destination))
+    }
+
+    fn flows_of(&self, backend: u32) -> u64 {
+        self.given[backend as usize]
+    }
+
+    fn turn(&self, _: u32) -> u64 {
+        self.turn.replace(self.turn.get() + 1)
+    }
+
+    fn random(&self) -> u32 {
+        if self.alternates { self.turn.replace(self.turn.get() + 1) as u32 % 2 * u32::MAX } else { self.random }
+    }
+
+    fn count(&self, counter: Counter) {
+        self.counted.borrow_mut().push(counter);
+    }
+
+    fn count_flow(&self, _: u32, _: u32) {}
 }
 
 /// A 64-bit mixer (the finaliser of MurmurHash3), for fingerprints that look random and repeat.

@@ -119,6 +119,9 @@ pub trait Maps: Send {
     fn backend_flows(&self, id: u32) -> u64;
     fn clear_backend_flows(&mut self, id: u32);
 
+    /// An address of the node that flows were given as their source.
+    fn source(&self, index: u32) -> Option<Addr>;
+
     /// The flow table, in place.
     fn flows(&self) -> &dyn table::Storage;
 

@@ -1,7 +1,7 @@
 //! What the control loop asks of the data plane, as a trait, so that the API, the CLI and their tests run without a kernel.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -82,14 +82,32 @@ pub struct ServiceStats {
 /// One connection, seen from its client.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct Flow {
-    pub service: String,
+    /// Nothing for one that is masqueraded, which is no service's.
+    pub service: Option<FlowService>,
     pub client: SocketAddr,
-    pub frontend: Frontend,
-    pub backend: SocketAddr,
+    /// `tcp`, `udp`, or `icmp` for echo requests, whose identifier stands for a port.
+    pub protocol: String,
+    /// The address of the node that it has as its source, where that is not the client.
+    pub source: Option<SocketAddr>,
     /// `syn-sent`, `established`, `udp-both-ways`, …
     pub state: String,
     /// Seconds since a packet was last noted (to about four seconds).
     pub idle_seconds: u64,
+}
+
+impl Flow {
+    #[must_use]
+    pub fn service_name(&self) -> Option<&str> {
+        self.service.as_ref().map(|service| service.name.as_str())
+    }
+}
+
+/// Between which ends of a service a flow is.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct FlowService {
+    pub name: String,
+    pub frontend: Frontend,
+    pub backend: SocketAddr,
 }
 
 /// Which flows a listing or a flush means.
@@ -138,9 +156,21 @@ pub struct SocketsStatus {
     pub hooks: Vec<String>,
 }
 
+/// The node, as the data plane knows it.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub name: String,
+    pub zone: Option<String>,
+    /// Where node ports are served.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// Those that flows were given as their source.
+    pub snat_addresses: Vec<IpAddr>,
+}
+
 /// What the data plane says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DataplaneStatus {
+    pub node: NodeStatus,
     pub forwarding: String,
     pub interfaces: Vec<InterfaceStatus>,
     /// None where no process's calls go through netlb.

@@ -21,8 +21,14 @@ use crate::{
         Placement, Protocol, Publish, Service, ServiceError, SnatMode, TrafficPolicy, Weight, WeightError,
         parse_address, parse_endpoint, parse_port,
     },
-    text::deserialize_text,
+    text::serde_by_text,
 };
+
+serde_by_text! {
+    AddressSpec: "ADDRESS or ADDRESS:PORT/PROTOCOL",
+    SourceRange: "NETWORK/LENGTH or ADDRESS",
+    BackendAddress: "ADDRESS:PORT",
+}
 
 /// A service as it is written down.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -309,18 +315,6 @@ impl fmt::Display for AddressSpec {
     }
 }
 
-impl Serialize for AddressSpec {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for AddressSpec {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserialize_text(deserializer, "ADDRESS or ADDRESS:PORT/PROTOCOL", str::parse)
-    }
-}
-
 /// A port of the node: a number or `"PORT/PROTOCOL"`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct NodePortSpec {
@@ -396,6 +390,12 @@ impl<'de> Deserialize<'de> for NodePortSpec {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SourceRange(pub IpNet);
 
+impl fmt::Display for SourceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Why a text is not a network.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum SourceRangeError {
@@ -418,18 +418,6 @@ impl FromStr for SourceRange {
             return Err(SourceRangeError::HostBits { range });
         }
         Ok(Self(range))
-    }
-}
-
-impl Serialize for SourceRange {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for SourceRange {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserialize_text(deserializer, "NETWORK/LENGTH or ADDRESS", str::parse)
     }
 }
 
@@ -511,18 +499,6 @@ impl fmt::Display for BackendAddress {
             Self::Endpoint(address) => address.fmt(f),
             Self::Address(address) => address.fmt(f),
         }
-    }
-}
-
-impl Serialize for BackendAddress {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for BackendAddress {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserialize_text(deserializer, "ADDRESS:PORT", str::parse)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     daemon::{Daemon, signals::Wanted, socket::Socket},
     dataplane::{
         ApplyError, ApplyReport, BackendCounters, Counter, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter,
-        InterfaceStatus, MapStatus, ServiceCounters, ServiceStats, SocketsStatus, Touched,
+        FlowService, InterfaceStatus, MapStatus, NodeStatus, ServiceCounters, ServiceStats, SocketsStatus, Touched,
     },
     desired::DesiredState,
     store::Store,
@@ -59,13 +59,23 @@ impl MemoryDataplane {
         let mut memory = self.lock();
         let frontend = memory.served[service].service.frontends()[0];
         let (client, backend) = (client.parse().unwrap(), backend.parse().unwrap());
-        let (service, state) = (service.to_owned(), "established".to_owned());
-        memory.flows.push(Flow { service, client, frontend, backend, state, idle_seconds: 3 });
+        let service = Some(FlowService { name: service.to_owned(), frontend, backend });
+        let (protocol, state) = (frontend.protocol.to_string(), "established".to_owned());
+        memory.flows.push(Flow { service, client, protocol, source: None, state, idle_seconds: 3 });
+    }
+}
+
+impl MemoryDataplane {
+    /// A pod's flow to the world, with this source.
+    pub(crate) fn add_masqueraded(&self, client: &str, source: &str) {
+        let (client, source) = (client.parse().unwrap(), Some(source.parse().unwrap()));
+        let (protocol, state) = ("udp".to_owned(), "udp-both-ways".to_owned());
+        self.lock().flows.push(Flow { service: None, client, protocol, source, state, idle_seconds: 5 });
     }
 }
 
 fn matches(filter: &FlowFilter, flow: &Flow) -> bool {
-    filter.service.as_ref().is_none_or(|service| *service == flow.service)
+    filter.service.is_none() || filter.service.as_deref() == flow.service_name()
 }
 
 impl Dataplane for MemoryDataplane {
@@ -107,7 +117,8 @@ impl Dataplane for MemoryDataplane {
         let memory = self.lock();
         let stats = |name: &&str| {
             let mut active: BTreeMap<SocketAddr, BackendCounters> = BTreeMap::new();
-            for flow in memory.flows.iter().filter(|flow| flow.service == *name) {
+            let flows = memory.flows.iter().filter_map(|flow| flow.service.as_ref());
+            for flow in flows.filter(|service| service.name == **name) {
                 let counters = active.entry(flow.backend).or_default();
                 counters.active += 1;
                 counters.flows += 1;
@@ -151,6 +162,12 @@ impl Dataplane for MemoryDataplane {
             problem: problem.map(str::to_owned),
         };
         DataplaneStatus {
+            node: NodeStatus {
+                name: "here".to_owned(),
+                zone: Some("near".to_owned()),
+                node_port_addresses: vec![[192, 0, 2, 1].into()],
+                snat_addresses: Vec::new(),
+            },
             forwarding: "fast".to_owned(),
             interfaces: vec![interface("eth0", "tcx", None), interface("eth1", "", Some("no such device"))],
             sockets: Some(SocketsStatus {

@@ -4,6 +4,26 @@ use std::{fmt, marker::PhantomData};
 
 use serde::{Deserializer, de};
 
+/// Has serde write types as what they display, and read them as what they parse. The text beside a type says to whoever wrote something
+/// else what was expected.
+macro_rules! serde_by_text {
+    ($($type:ty: $expecting:literal,)+) => {$(
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                $crate::text::deserialize_text(deserializer, $expecting, str::parse)
+            }
+        }
+    )+};
+}
+
+pub(crate) use serde_by_text;
+
 /// Reads a string and turns it into a value.
 ///
 /// The conversion runs inside the visitor: an error raised there has the position of the string, one raised after it only that of the

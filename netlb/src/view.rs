@@ -4,7 +4,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use ipnet::IpNet;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    dataplane::{BackendCounters, Desired, Flow, ServiceStats},
+    dataplane::{BackendCounters, Desired, Flow, FlowService, NodeStatus, ServiceStats},
     desired::{Claim, Conflict, Done},
     model::{
         Affinity, Algorithm, Backend, Conditions, Definition, Frontend, Mode, NodePort, Owner, Placement, Publish,
@@ -254,13 +254,27 @@ impl ServiceView {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowView {
-    pub service: String,
+    /// Nothing for one that is masqueraded, as with `frontend` and `backend`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     #[schema(value_type = String)]
     pub client: SocketAddr,
-    #[schema(value_type = String)]
-    pub frontend: Frontend,
-    #[schema(value_type = String)]
-    pub backend: SocketAddr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub frontend: Option<Frontend>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub backend: Option<SocketAddr>,
+    /// `tcp`, `udp`, or `icmp` for echo requests, whose identifier stands for a port
+    #[serde(default)]
+    pub protocol: String,
+    /// The address of the node that it has as its source, where that is not the client
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub source: Option<SocketAddr>,
+    /// Whether it is a pod's to the world, and no service's
+    #[serde(default)]
+    pub masqueraded: bool,
     /// `syn-sent`, `established`, `udp-both-ways`, …
     pub state: String,
     /// Seconds since a packet was last noted (to about four seconds)
@@ -268,8 +282,13 @@ pub struct FlowView {
 }
 
 impl From<Flow> for FlowView {
-    fn from(Flow { service, client, frontend, backend, state, idle_seconds }: Flow) -> Self {
-        Self { service, client, frontend, backend, state, idle_seconds }
+    fn from(Flow { service, client, protocol, source, state, idle_seconds }: Flow) -> Self {
+        let masqueraded = service.is_none();
+        let (service, frontend, backend) = match service {
+            Some(FlowService { name, frontend, backend }) => (Some(name), Some(frontend), Some(backend)),
+            None => (None, None, None),
+        };
+        Self { service, client, frontend, backend, protocol, source, masqueraded, state, idle_seconds }
     }
 }
 
@@ -312,6 +331,8 @@ pub struct StatusView {
     pub load_seconds: f64,
     /// Kernel memory of all maps
     pub kernel_bytes: u64,
+    #[serde(default)]
+    pub node: NodeView,
     /// `fast` or `stack`
     pub forwarding: String,
     /// The fill of the flow table; a connection takes two entries
@@ -330,6 +351,27 @@ pub struct StatusView {
     pub out_of_sync: Vec<OutOfSync>,
     /// Claims of one source that another's service stands against
     pub conflicts: Vec<ConflictView>,
+}
+
+/// This node: what policies and hints know it by, and the addresses of it that netlb uses.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeView {
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Where node ports are served
+    #[schema(value_type = Vec<String>, example = json!(["192.0.2.1", "2001:db8::1"]))]
+    pub node_port_addresses: Vec<IpAddr>,
+    /// Those that flows were given as their source
+    #[schema(value_type = Vec<String>, example = json!(["192.0.2.1"]))]
+    pub snat_addresses: Vec<IpAddr>,
+}
+
+impl From<NodeStatus> for NodeView {
+    fn from(NodeStatus { name, zone, node_port_addresses, snat_addresses }: NodeStatus) -> Self {
+        Self { name, zone, node_port_addresses, snat_addresses }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -9,6 +9,7 @@ pub mod clients;
 pub mod cluster;
 pub mod cni;
 pub mod daemon;
+pub mod dns;
 pub mod exec;
 pub mod frames;
 pub mod guardian;

@@ -64,14 +64,32 @@ impl Protocol {
 
 /// An nginx that answers `/` with a line for [`Answer::parse`], and `/files/` from [`nginx_file`].
 pub fn nginx(pod: &Pod, port: u16) -> Result<Server> {
+    let name = pod.name();
+    let answer = format!("return 200 \"{name} $server_addr $server_port $remote_addr $remote_port\\n\";");
+    run_nginx(pod, port, "access_log off;", &answer)
+}
+
+/// An nginx that hands requests on to another server, and notes its clients in a log that [`clients_of`] reads.
+pub fn ingress(pod: &Pod, port: u16, upstream: SocketAddr) -> Result<Server> {
+    let log = "log_format clients '$remote_addr';\n  access_log clients.log clients;";
+    run_nginx(pod, port, log, &format!("proxy_pass http://{upstream};"))
+}
+
+/// The clients that an [`ingress`] has served, in order.
+pub fn clients_of(ingress: &Server) -> Result<Vec<IpAddr>> {
+    let log = fs::read_to_string(ingress.dir.join("clients.log")).context("the ingress has no log")?;
+    log.lines().map(|line| line.parse().with_context(|| format!("no address: {line:?}"))).collect()
+}
+
+/// An nginx with something of its own for logs, and for what it does with requests.
+fn run_nginx(pod: &Pod, port: u16, log: &str, location: &str) -> Result<Server> {
     let dir = Run::current()?.new_dir("nginx")?;
     fs::create_dir(dir.join("files"))?;
     let root = dir.display();
-    let name = pod.name();
     let mut config = format!(
         "daemon off;\nmaster_process off;\nworker_processes 1;\nuser root;\npid {root}/pid;\nerror_log stderr;\n\
          events {{ worker_connections 8192; }}\n\
-         http {{\n  access_log off;\n  sendfile on;\n  tcp_nopush on;\n  keepalive_timeout 300s;\n  keepalive_requests 100000000;\n"
+         http {{\n  {log}\n  sendfile on;\n  tcp_nopush on;\n  keepalive_timeout 300s;\n  keepalive_requests 100000000;\n"
     );
     for what in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"] {
         writeln!(config, "  {what}_temp_path {root}/{what};")?;
@@ -80,7 +98,7 @@ pub fn nginx(pod: &Pod, port: u16) -> Result<Server> {
         config,
         "  server {{\n    listen 0.0.0.0:{port} backlog=4096;\n    listen [::]:{port} ipv6only=on backlog=4096;\n    \
          default_type text/plain;\n    \
-         location / {{ return 200 \"{name} $server_addr $server_port $remote_addr $remote_port\\n\"; }}\n    \
+         location / {{ {location} }}\n    \
          location /files/ {{ alias {root}/files/; }}\n  }}\n}}\n"
     )?;
     let file = dir.join("nginx.conf");

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cgroup::Cgroup;
+use crate::dns;
 use crate::exec::{Conversation, sibling_program};
 use crate::netns::Namespace;
 use crate::servers::{Answer, Protocol};
@@ -107,6 +108,11 @@ impl Client {
         let told = self.tell(&format!("connect-for {} {to}", time.as_millis()))??;
         let (connects, failed) = told.split_once(' ').with_context(|| format!("no numbers: {told:?}"))?;
         Ok((connects.parse()?, failed.parse()?))
+    }
+
+    /// Asks a DNS server one question after the other for a time, by one socket.
+    pub fn resolve_for(&mut self, time: Duration, kind: dns::Socket, server: SocketAddr) -> Result<dns::Tally> {
+        self.tell(&format!("resolve-for {} {} {server}", time.as_millis(), kind.name()))??.parse()
     }
 
     fn tell(&mut self, what: &str) -> Result<Result<String, Errno>> {

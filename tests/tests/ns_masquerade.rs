@@ -1,12 +1,12 @@
 //! Pods reach the world, which sees the node: it knows no way to pods.
 
-use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{FromRawFd as _, OwnedFd};
-use std::time::{Duration, Instant};
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
+use netlb_integration::raw;
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Pod, Testbed, vip};
 
@@ -47,7 +47,8 @@ fn the_world_sees_the_node_and_its_answers_reach_the_pod() -> TestResult {
             }
             let seen = talk(&pod, SocketAddr::new(vip(*family, 10), 80), tcp).with_context(|| what.clone())?;
             assert_eq!(seen.ip(), node, "by a service: {what}");
-            ping(&pod, tcp.local_addr()?.ip()).with_context(|| what.clone())?;
+            let ip = tcp.local_addr()?.ip();
+            pod.ns.enter(|| raw::ping(ip, WAIT))?.with_context(|| what.clone())?;
             // The node's own connections are what they were.
             let node = &bed.node_a().ns;
             let to = tcp.local_addr()?;
@@ -56,6 +57,25 @@ fn the_world_sees_the_node_and_its_answers_reach_the_pod() -> TestResult {
         }
         let status = netlb.must(["status"])?;
         assert!(status.contains("flows_masqueraded"), "{status}");
+        let line = |family| Host::A.underlay_address(family).to_string();
+        for what in ["node ports    ", "SNAT          "] {
+            let line = format!("{what}{},{}\n", line(Family::V4), line(Family::V6));
+            assert!(status.contains(&line), "{line}; {status}");
+        }
+        let flows = netlb.items(["flows", "list"])?;
+        for (family, protocol) in
+            Family::BOTH.into_iter().flat_map(|family| ["tcp", "udp", "icmp"].map(|it| (family, it)))
+        {
+            let (pod, node) = (pod.ip(family), Host::A.underlay_address(family));
+            let ip = |end: &serde_json::Value| {
+                end.as_str().and_then(|end| end.parse::<SocketAddr>().ok()).map(|end| end.ip())
+            };
+            let is_it = |flow: &&serde_json::Value| {
+                flow["masqueraded"] == true && flow["protocol"] == protocol && ip(&flow["client"]) == Some(pod)
+            };
+            let flow = flows.iter().find(is_it).with_context(|| format!("{family}, {protocol}: {flows:?}"))?;
+            assert_eq!((ip(&flow["source"]), &flow["service"]), (Some(node), &serde_json::Value::Null), "{flow}");
+        }
     }
     Ok(())
 }
@@ -129,48 +149,4 @@ fn exchange(pod: &Pod, to: SocketAddr, server: &UdpSocket) -> Result<SocketAddr>
         ensure!(peer.replace(from).is_none_or(|before| before == from), "another source");
     }
     peer.context("nobody spoke")
-}
-
-/// Asks for three echoes from a pod.
-fn ping(pod: &Pod, to: IpAddr) -> Result<()> {
-    const ID: [u8; 2] = [0x12, 0x34];
-    let (family, protocol, request, reply) = if to.is_ipv4() {
-        (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0)
-    } else {
-        (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128, 129)
-    };
-    let socket = pod.ns.enter(|| {
-        // SAFETY: plain integers.
-        match unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) } {
-            -1 => Err(io::Error::last_os_error()),
-            // SAFETY: a new descriptor that nobody else has.
-            socket => Ok(UdpSocket::from(unsafe { OwnedFd::from_raw_fd(socket) })),
-        }
-    })??;
-    socket.set_read_timeout(Some(Duration::from_millis(200)))?;
-    for number in 1..=3 {
-        let mut message = vec![request, 0, 0, 0, ID[0], ID[1], 0, number];
-        message.extend([0x42; 56]);
-        if to.is_ipv4() {
-            let sum = etherparse::checksum::Sum16BitWords::new().add_slice(&message).ones_complement();
-            message[2..4].copy_from_slice(&sum.to_ne_bytes());
-        }
-        socket.send_to(&message, SocketAddr::new(to, 0))?;
-        let begin = Instant::now();
-        loop {
-            ensure!(begin.elapsed() < WAIT, "no reply to echo request {number}");
-            let mut heard = [0; 256];
-            let (len, from) = match socket.recv_from(&mut heard) {
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
-                heard => heard?,
-            };
-            let at = if to.is_ipv4() { 20 } else { 0 };
-            let heard = &heard[at..len];
-            if heard[0] == reply && heard[4..6] == ID && heard[7] == number {
-                assert_eq!((from.ip(), &heard[8..]), (to, &message[8..]));
-                break;
-            }
-        }
-    }
-    Ok(())
 }

@@ -105,7 +105,11 @@ fn the_world_sees_the_node_and_its_replies_reach_the_pod() -> TestResult {
             }
             let by = if forwarding == Forwarding::Fast { Counter::ToInterface } else { Counter::ToStack };
             assert_eq!(lab.counts(), [(by, 3), (Counter::FlowsMasqueraded, 1)], "{what}");
-            assert_eq!((lab.count_flows(), lab.flows().len()), (0, 0), "{what}: it is no service's");
+            let flows = lab.flows();
+            assert_eq!(lab.count_flows(), flows.len() as u64, "{what}");
+            let flow = flows.into_iter().find(|flow| flow.source == Some(given)).ok_or("it is not listed")?;
+            assert_eq!((flow.client, flow.protocol), (pod, case.protocol.to_string()), "{what}");
+            assert_eq!(flow.service, None, "{what}: it is no service's");
         }
     }
     Ok(())

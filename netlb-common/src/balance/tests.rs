@@ -1,72 +1,54 @@
 //! Who serves a new flow.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    vec::Vec,
-};
+use std::{collections::HashMap, vec};
 
 use super::*;
 use crate::{
     addr::{Address as _, Ipv4Be},
     conntrack::Segment,
     maps::algorithm,
-    table::{Bucket, Overflow, Place, Record, Storage},
-    testing::Memory,
+    testing::Maps as Node,
     wire::Part,
 };
 
 const NOW: Ticks = Ticks(5000);
 const ALL: u8 = Backend::SERVING | Backend::ACCEPTING;
 
-/// A service with three backends, numbers 1 to 3, and another record of it for flows from outside, whose only member is backend 3.
-struct Node {
-    flows: Memory,
-    configs: [Config; 2],
-    backends: Vec<Backend>,
-    affinity: RefCell<HashMap<AffinityKey, Affinity>>,
-    ranges: Vec<(u32, Addr)>,
-    counted: RefCell<Vec<Counter>>,
-    turn: Cell<u64>,
-    has_room: bool,
-}
-
 fn v4(a: u8, b: u8, c: u8, d: u8) -> Ipv4Be {
     Ipv4Be(u32::from_ne_bytes([a, b, c, d]))
 }
 
-impl Node {
-    fn new() -> Self {
-        let key = EndpointKey::new(v4(10, 96, 0, 10).to_map(), PortBe::new(80), 6);
-        let config =
-            Config { key, generation: 9, service: 4, frontend: 1, ring_len: 3, members_len: 3, ..Config::default() };
-        let outside = Config {
-            key: EndpointKey { scope: EndpointKey::OUTSIDE, ..key },
-            generation: 10,
-            ring: 2,
-            ring_len: 1,
-            ..config
-        };
-        let backend = |n| Backend {
-            addr: v4(10, 244, 1, n).to_map(),
-            port: PortBe::new(8080),
-            protocol: 6,
-            flags: ALL,
-            service: 4,
-            ..Backend::default()
-        };
-        Self {
-            flows: Memory::new(64),
-            configs: [config, outside],
-            backends: (0..4).map(backend).collect(),
-            affinity: RefCell::default(),
-            ranges: Vec::new(),
-            counted: RefCell::default(),
-            turn: Cell::new(0),
-            has_room: true,
-        }
+/// A service with three backends, numbers 1 to 3, and another record of it for flows from outside, whose only member is backend 3.
+fn node() -> Node {
+    let key = EndpointKey::new(v4(10, 96, 0, 10).to_map(), PortBe::new(80), 6);
+    let config =
+        Config { key, generation: 9, service: 4, frontend: 1, ring_len: 3, members_len: 3, ..Config::default() };
+    let outside = Config {
+        key: EndpointKey { scope: EndpointKey::OUTSIDE, ..key },
+        generation: 10,
+        ring: 2,
+        ring_len: 1,
+        ..config
+    };
+    let backend = |n| Backend {
+        addr: v4(10, 244, 1, n).to_map(),
+        port: PortBe::new(8080),
+        protocol: 6,
+        flags: ALL,
+        service: 4,
+        ..Backend::default()
+    };
+    let (service, shared) = (v4(10, 96, 0, 10).to_map(), v4(10, 96, 0, 11).to_map());
+    Node {
+        addresses: HashMap::from([(service, address::SERVICE), (shared, address::SERVICE | address::NODE)]),
+        owned: v4(10, 96, 0, 0).to_map().to_bytes()[..15].to_vec(),
+        masqueraded: Some((v4(10, 244, 1, 9).to_map(), v4(198, 51, 100, 1).to_map())),
+        sources: vec![v4(192, 0, 2, 100).to_map()],
+        ..Node::of(vec![config, outside], (0..4).map(backend).collect())
     }
+}
 
+impl Node {
     fn packet(port: u16, segment: u8) -> Parsed<Ipv4Be> {
         Parsed {
             tuple: Tuple {
@@ -122,138 +104,6 @@ impl Reach<Ipv4Be> for Direct {
     }
 }
 
-impl Operations for &Node {}
-
-impl Storage for &Node {
-    fn mask(&self) -> u32 {
-        self.flows.mask()
-    }
-
-    fn bucket(&self, index: u32) -> Option<&Bucket> {
-        self.flows.bucket(index)
-    }
-
-    fn record(&self, place: Place) -> Option<&Record> {
-        self.flows.record(place)
-    }
-
-    fn overflow(&self, index: u32) -> Option<&Overflow> {
-        self.flows.overflow(index)
-    }
-
-    fn timeout(&self, state: State) -> u32 {
-        self.flows.timeout(state)
-    }
-}
-
-impl Tables for &Node {
-    fn hash_key(&self) -> HashKey {
-        HashKey::new([1, 2, 3, 4])
-    }
-
-    fn filter_bits_log2(&self) -> u32 {
-        15
-    }
-
-    fn filter_has(&self, _: u32) -> bool {
-        false
-    }
-
-    fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
-        let index = self.configs.iter().position(|config| config.key == *key)?;
-        Some(ConfigRef::new(index as u32, self.configs[index].generation))
-    }
-
-    fn config(&self, index: u32) -> Option<&Config> {
-        self.configs.get(index as usize)
-    }
-
-    fn ring(&self, slot: u32) -> Option<u16> {
-        Some(slot as u16)
-    }
-
-    fn member(&self, index: u32) -> Option<u32> {
-        Some(index + 1)
-    }
-
-    fn backend(&self, id: u32) -> Option<&Backend> {
-        self.backends.get(id as usize)
-    }
-
-    fn frontend(&self, _: u32) -> Option<&Frontend> {
-        None
-    }
-
-    fn is_in_range(&self, service: u32, client: Addr) -> bool {
-        self.ranges.contains(&(service, client))
-    }
-
-    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
-        self.affinity.borrow().get(key).copied()
-    }
-
-    fn set_affinity(&self, key: &AffinityKey, value: Affinity) -> bool {
-        if self.has_room {
-            self.affinity.borrow_mut().insert(*key, value);
-        }
-        self.has_room
-    }
-
-    fn forget_affinity(&self, key: &AffinityKey) {
-        self.affinity.borrow_mut().remove(key);
-    }
-
-    fn address(&self, addr: Addr) -> u32 {
-        match addr {
-            addr if addr == v4(10, 96, 0, 10).to_map() => address::SERVICE,
-            addr if addr == v4(10, 96, 0, 11).to_map() => address::SERVICE | address::NODE,
-            _ => 0,
-        }
-    }
-
-    fn is_owned(&self, addr: Addr) -> bool {
-        addr.to_bytes().starts_with(&v4(10, 96, 0, 0).to_map().to_bytes()[..15])
-    }
-
-    fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool {
-        source == v4(10, 244, 1, 9).to_map() && destination == v4(198, 51, 100, 1).to_map()
-    }
-
-    fn source(&self, index: u32) -> Option<Addr> {
-        (index == 1).then(|| v4(192, 0, 2, 100).to_map())
-    }
-
-    fn source_index(&self, _: Addr) -> u32 {
-        0
-    }
-
-    fn snat_ports(&self) -> Ports {
-        Ports { first: 61_000, more: 4535 }
-    }
-
-    fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
-        None
-    }
-
-    fn flows_of(&self, _: u32) -> u64 {
-        0
-    }
-
-    fn turn(&self, _: u32) -> u64 {
-        self.turn.replace(self.turn.get() + 1)
-    }
-
-    fn random(&self) -> u32 {
-        0
-    }
-
-    fn count(&self, counter: Counter) {
-        self.counted.borrow_mut().push(counter);
-    }
-
-    fn count_flow(&self, _: u32, _: u32) {}
-}
-
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
@@ -271,7 +121,7 @@ fn a_selection_holds_the_largest_numbers() {
 
 #[test]
 fn flows_from_outside_have_their_own_record_or_none() {
-    let mut node = Node::new();
+    let mut node = node();
     let packet = Node::packet(40000, SYN);
     assert_eq!(node.select(&packet, true).config(), 0, "nobody says that there is another one");
     node.configs[0].flags = Config::OUTSIDE;
@@ -283,7 +133,7 @@ fn flows_from_outside_have_their_own_record_or_none() {
 
 #[test]
 fn ranges_are_a_services_own() {
-    let mut node = Node::new();
+    let mut node = node();
     let packet = Node::packet(40000, SYN);
     let client = packet.tuple.source.to_map();
     node.configs[0].flags = Config::RANGES;
@@ -296,7 +146,7 @@ fn ranges_are_a_services_own() {
 
 #[test]
 fn without_members_flows_are_rejected_or_dropped() {
-    let mut node = Node::new();
+    let mut node = node();
     node.configs[0].ring_len = 0;
     node.configs[0].members_len = 0;
     for segment in [SYN, ACK] {
@@ -309,7 +159,7 @@ fn without_members_flows_are_rejected_or_dropped() {
 
 #[test]
 fn a_flow_of_a_backend_that_drains_is_found_again_though_the_ring_is_empty() {
-    let mut node = Node::new();
+    let mut node = node();
     let (_, backend) = node.place(&Node::packet(40000, SYN));
     node.flows.lose(node.lookup(&Node::packet(40000, SYN)).fingerprint);
     node.configs[0].ring_len = 0;
@@ -319,7 +169,7 @@ fn a_flow_of_a_backend_that_drains_is_found_again_though_the_ring_is_empty() {
 
 #[test]
 fn where_all_drain_flows_are_rejected_and_a_conflict_drops_them() {
-    let mut node = Node::new();
+    let mut node = node();
     for backend in &mut node.backends {
         backend.flags = Backend::SERVING;
     }
@@ -333,7 +183,7 @@ fn where_all_drain_flows_are_rejected_and_a_conflict_drops_them() {
 
 #[test]
 fn a_client_keeps_its_backend_until_that_is_of_no_use() {
-    let mut node = Node::new();
+    let mut node = node();
     node.configs[0].affinity = 100;
     let key = AffinityKey { client: Node::packet(0, SYN).tuple.source.to_map(), service: 4, pad: 0 };
     let mut port = 40000;
@@ -375,7 +225,7 @@ fn a_client_keeps_its_backend_until_that_is_of_no_use() {
 
 #[test]
 fn an_unusable_backend_is_forgotten_and_no_room_is_no_harm() {
-    let mut node = Node::new();
+    let mut node = node();
     node.configs[0].affinity = 100;
     let packet = Node::packet(40000, SYN);
     let key = AffinityKey { client: packet.tuple.source.to_map(), service: 4, pad: 0 };
@@ -389,7 +239,7 @@ fn an_unusable_backend_is_forgotten_and_no_room_is_no_harm() {
 
 #[test]
 fn loopback_addresses_are_no_services() {
-    let node = Node::new();
+    let node = node();
     let mut packet = Node::packet(40000, SYN);
     packet.tuple.source = v4(127, 0, 0, 1);
     assert_eq!(node.select(&packet, false), Selection::NONE);
@@ -397,7 +247,7 @@ fn loopback_addresses_are_no_services() {
 
 #[test]
 fn another_source_is_wanted_by_origin() {
-    let (packet, node) = (Node::packet(40000, SYN), Node::new());
+    let (packet, node) = (Node::packet(40000, SYN), node());
     let needs = |flags, is_outside, returns| needs_snat(&packet, &node.backends[1], flags, is_outside, |_| returns);
     assert!(!needs(0, false, true) && needs(0, true, false));
     assert!(!needs(Config::SNAT_NEVER, true, false));
@@ -410,7 +260,7 @@ fn another_source_is_wanted_by_origin() {
 
 #[test]
 fn addresses_of_owned_networks_are_services_the_nodes_or_nobodys() {
-    let node = Node::new();
+    let node = node();
     let of = |a, b, c, d| unclaimed(&&node, v4(a, b, c, d).to_map());
     assert_eq!(of(10, 96, 0, 10), Unclaimed::Service);
     assert_eq!(of(10, 96, 0, 11), Unclaimed::Elsewhere);
@@ -439,7 +289,7 @@ fn a_masqueraded_flow_is_translated_where_it_leaves_and_where_replies_come_in() 
     const SYN: u8 = 0x02;
     const ACK: u8 = 0x10;
     const RST: u8 = 0x04;
-    let node = Node::new();
+    let node = node();
     let packet = |segment| {
         let mut packet = Node::packet(40_000, segment);
         (packet.tuple.source, packet.tuple.destination) = (v4(10, 244, 1, 9), v4(198, 51, 100, 1));
@@ -498,7 +348,7 @@ fn a_masqueraded_flow_is_translated_where_it_leaves_and_where_replies_come_in() 
 
 #[test]
 fn what_leaves_for_the_world_is_a_candidate_there_only() {
-    let node = Node::new();
+    let node = node();
     let of = |scope, a, b, c, d| candidate(&&node, scope, v4(10, 244, 1, 9), v4(a, b, c, d));
     assert!(of(Scope::Replies, 198, 51, 100, 1).is_some_and(|candidate| candidate.is_masqueraded));
     assert_eq!(of(Scope::Both, 198, 51, 100, 1), None);
@@ -518,7 +368,7 @@ impl Reach<Ipv4Be> for Wrapped {
 fn a_wrapped_flow_has_one_slot_and_goes_by_its_client() {
     const RST: u8 = 0x04;
     const FIN: u8 = 0x11;
-    let node = Node::new();
+    let node = node();
     let mut translation = Translation::none();
     let begin = |packet: &Parsed<Ipv4Be>, translation: &mut _| {
         place(&node, packet, &node.lookup(packet), node.select(packet, false), &Wrapped, translation)
@@ -559,7 +409,7 @@ fn a_wrapped_flow_has_one_slot_and_goes_by_its_client() {
 
 #[test]
 fn a_packet_is_its_backends_whom_another_node_has_chosen() {
-    let node = Node::new();
+    let node = node();
     let packet = Node::packet(40_000, SYN);
     let lookup = node.lookup(&packet);
     let at = |n| backend_at(&node, &packet, v4(10, 244, 1, n).to_map());

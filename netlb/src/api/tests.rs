@@ -181,12 +181,16 @@ fn flows_are_listed_counted_and_flushed() {
     assert_eq!(
         list["items"][0],
         json!({"service": "file", "client": "192.0.2.1:1", "frontend": "10.96.9.9:80/tcp", "backend": "10.244.9.9:80",
-               "state": "established", "idleSeconds": 3})
+               "protocol": "tcp", "masqueraded": false, "state": "established", "idleSeconds": 3})
     );
     assert_eq!(list["items"].as_array().unwrap().len(), 2);
     assert_eq!(call(&daemon, "GET", "/v1/flows/count", ""), (200, json!({"count": 3})));
     assert_eq!(call(&daemon, "DELETE", "/v1/flows?service=10.96.9.9:80%2Ftcp", ""), (200, json!({"count": 3})));
     assert_eq!(call(&daemon, "GET", "/v1/flows/count?service=file", ""), (200, json!({"count": 0})));
+    daemon.dataplane.add_masqueraded("10.244.1.9:5353", "192.0.2.7:61000");
+    let masqueraded = json!({"client": "10.244.1.9:5353", "protocol": "udp", "source": "192.0.2.7:61000",
+                             "masqueraded": true, "state": "udp-both-ways", "idleSeconds": 5});
+    assert_eq!(call(&daemon, "GET", "/v1/flows", "").1["items"], json!([masqueraded]));
     assert_eq!(refused(&daemon, "GET", "/v1/flows?service=flie", "").0, 404);
     assert_eq!(refused(&daemon, "GET", "/v1/flows?limit=many", "").0, 400);
     assert_eq!(refused(&daemon, "DELETE", "/v1/flows?srevice=file", "").0, 400, "a typo does not flush everything");
@@ -310,6 +314,10 @@ fn paths_and_methods_that_are_none_answer_in_the_same_shape() {
 fn status_and_probes_answer() {
     let daemon = TestDaemon::start(CONFIG);
     let (_, status) = call(&daemon, "GET", "/v1/status", "");
+    assert_eq!(
+        status["node"],
+        json!({"name": "here", "zone": "near", "nodePortAddresses": ["192.0.2.1"], "snatAddresses": []})
+    );
     assert_eq!(status["flowTable"]["entries"], 50);
     assert_eq!(status["services"], 1);
     assert_eq!(status["reload"]["ok"], true);

@@ -198,22 +198,32 @@ impl View for BackendView {
 
 impl View for List<FlowView> {
     fn text(&self, style: Style) -> String {
+        // A column that is there only if a flow has something in it.
+        let has_sources = self.items.iter().any(|flow| flow.source.is_some());
         let row = |flow: &FlowView| {
-            vec![
-                flow.service.clone(),
-                flow.client.to_string(),
-                flow.frontend.to_string(),
-                flow.backend.to_string(),
-                flow.state.clone(),
-                format_duration(Duration::from_secs(flow.idle_seconds)),
-            ]
+            // In brackets, which no service's name has.
+            let service = if flow.masqueraded { Some("(masqueraded)".to_owned()) } else { flow.service.clone() };
+            let source = has_sources.then(|| flow.source.map(|source| format!("{source}/{}", flow.protocol)));
+            let rest = [flow.frontend.map(|frontend| frontend.to_string()), flow.backend.map(|at| at.to_string())];
+            let ends = [service, Some(flow.client.to_string())].into_iter().chain(source).chain(rest);
+            let mut row: Vec<_> = ends.map(|end| or_dash(end.unwrap_or_default())).collect();
+            row.extend([flow.state.clone(), format_duration(Duration::from_secs(flow.idle_seconds))]);
+            row
         };
-        let headers = ["SERVICE", "CLIENT", "FRONTEND", "BACKEND", "STATE", "IDLE"];
+        let mut headers = vec!["SERVICE", "CLIENT", "FRONTEND", "BACKEND", "STATE", "IDLE"];
+        if has_sources {
+            headers.insert(2, "SOURCE");
+        }
         table(style, &headers, &["IDLE"], self.items.iter().map(row).collect())
     }
 
     fn names(&self) -> Vec<String> {
-        self.items.iter().map(|flow| format!("{} {}", flow.client, flow.frontend)).collect()
+        let to = |flow: &FlowView| match (flow.frontend, flow.source) {
+            (Some(frontend), _) => frontend.to_string(),
+            (None, Some(source)) => format!("{source}/{}", flow.protocol),
+            (None, None) => "-".to_owned(),
+        };
+        self.items.iter().map(|flow| format!("{} {}", flow.client, to(flow))).collect()
     }
 }
 
@@ -261,6 +271,15 @@ impl View for StatusView {
         let uptime = format_duration(Duration::from_secs(self.uptime_seconds));
         fact("version", format!("{} (pid {})", self.version, self.pid));
         fact("uptime", format!("{uptime} (since {})", self.started));
+        let node = &self.node;
+        fact(
+            "node",
+            node.name.clone() + &node.zone.as_ref().map_or_else(String::new, |zone| format!(" (zone {zone})")),
+        );
+        fact("node ports", or_dash(joined(&node.node_port_addresses)));
+        if !node.snat_addresses.is_empty() {
+            fact("SNAT", joined(&node.snat_addresses));
+        }
         fact("services", self.services.to_string());
         fact("backends", self.backends.to_string());
         fact("forwarding", self.forwarding.clone());

@@ -292,15 +292,28 @@ SERVICE  CLIENT          FRONTEND          BACKEND        STATE        IDLE
 file     192.0.2.1:5000  10.96.9.9:80/tcp  10.244.9.9:80  established    3s
 "
     );
-    assert_eq!(ok(&daemon, "flows count"), "1\n");
+    daemon.dataplane.add_masqueraded("10.244.1.9:5353", "192.0.2.7:61000");
+    assert_eq!(
+        ok(&daemon, "flows list"),
+        "\
+SERVICE        CLIENT           SOURCE               FRONTEND          BACKEND        STATE          IDLE
+file           192.0.2.1:5000   -                    10.96.9.9:80/tcp  10.244.9.9:80  established      3s
+(masqueraded)  10.244.1.9:5353  192.0.2.7:61000/udp  -                 -              udp-both-ways    5s
+"
+    );
+    let names = "192.0.2.1:5000 10.96.9.9:80/tcp\n10.244.1.9:5353 192.0.2.7:61000/udp\n";
+    assert_eq!(ok(&daemon, "flows list -o name"), names);
+    assert_eq!(ok(&daemon, "flows count"), "2\n");
+    assert_eq!(ok(&daemon, "flows count --service file"), "1\n");
     assert_eq!(ok(&daemon, "flows flush --service 10.96.9.9:80/tcp"), "1 flows removed\n");
-    assert_eq!(ok(&daemon, "flows count -o json"), "{\n  \"count\": 0\n}\n");
+    assert_eq!(ok(&daemon, "flows count -o json"), "{\n  \"count\": 1\n}\n");
 }
 
 #[test]
 fn status_tells_what_an_operator_looks_for() {
     let daemon = TestDaemon::start(CONFIG);
     let text = ok(&daemon, "status");
+    assert!(text.contains("node          here (zone near)\nnode ports    192.0.2.1\nservices "), "{text}");
     for line in [
         "services      1\n",
         "kernel memory 1.0MB\n",

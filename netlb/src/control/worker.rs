@@ -313,6 +313,7 @@ impl Worker {
             backends: self.desired.served().map(|desired| desired.service.backends().len() as u64).sum(),
             load_seconds: status.load_seconds,
             kernel_bytes: status.kernel_bytes,
+            node: status.node.into(),
             forwarding: status.forwarding,
             flow_table: maps.iter().find(|map| map.name.eq_ignore_ascii_case("flows")).cloned(),
             maps,

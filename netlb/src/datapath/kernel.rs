@@ -23,7 +23,10 @@ use self::{
 use super::{Programmer, reserved::Reserved};
 use crate::{
     config::{Config, Forwarding, LogLevel, Node, NodePortAddresses, SocketScope, Xdp},
-    dataplane::{ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, ServiceStats, Touched},
+    dataplane::{
+        ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, NodeStatus, ServiceStats,
+        Touched,
+    },
     interfaces::{Interfaces, facts::Facts},
     resolve,
 };
@@ -281,7 +284,9 @@ impl Dataplane for Datapath {
                 warnings.extend(forwarding_warning("net.ipv6.conf.all.forwarding", "IPv6"));
             }
         }
+        let resolve::Node { name, zone, node_port_addresses, .. } = self.site.node(&interfaces.facts);
         DataplaneStatus {
+            node: NodeStatus { name, zone, node_port_addresses, snat_addresses: self.programmer.sources() },
             forwarding: match self.forwarding {
                 Forwarding::Fast => "fast",
                 Forwarding::Stack => "stack",

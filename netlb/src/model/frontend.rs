@@ -9,6 +9,14 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::serde_by_text;
+
+serde_by_text! {
+    Frontend: "ADDRESS:PORT/PROTOCOL",
+    NodePort: "PORT/PROTOCOL",
+    Publish: "[ADDRESS:]PORT:TARGET[/PROTOCOL]",
+}
+
 /// The transport protocols that services have.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -139,18 +147,6 @@ impl fmt::Display for Frontend {
     }
 }
 
-impl Serialize for Frontend {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Frontend {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        crate::text::deserialize_text(deserializer, "ADDRESS:PORT/PROTOCOL", str::parse)
-    }
-}
-
 /// A port at which a service is reached on addresses of the node: `PORT/PROTOCOL`.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct NodePort {
@@ -173,18 +169,13 @@ pub fn parse_port(text: &str) -> Result<(NonZeroU16, Option<Protocol>), Frontend
     Ok((port.parse().map_err(|_| FrontendError::Port(text.to_owned()))?, protocol))
 }
 
-impl<'de> Deserialize<'de> for NodePort {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        crate::text::deserialize_text(deserializer, "PORT/PROTOCOL", |text| {
-            let (port, protocol) = parse_port(text)?;
-            Ok::<_, FrontendError>(Self { port, protocol: protocol.unwrap_or(Protocol::Tcp) })
-        })
-    }
-}
+impl FromStr for NodePort {
+    type Err = FrontendError;
 
-impl Serialize for NodePort {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+    /// Without a protocol it is TCP's.
+    fn from_str(text: &str) -> Result<Self, FrontendError> {
+        let (port, protocol) = parse_port(text)?;
+        Ok(Self { port, protocol: protocol.unwrap_or(Protocol::Tcp) })
     }
 }
 
@@ -246,17 +237,5 @@ impl fmt::Display for Publish {
             Some(IpAddr::V6(address)) => write!(f, "[{address}]:")?,
         }
         write!(f, "{port}:{target}/{protocol}")
-    }
-}
-
-impl Serialize for Publish {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Publish {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        crate::text::deserialize_text(deserializer, "[ADDRESS:]PORT:TARGET[/PROTOCOL]", str::parse)
     }
 }

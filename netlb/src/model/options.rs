@@ -4,6 +4,13 @@ use std::{fmt, num::NonZeroU32, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::serde_by_text;
+
+serde_by_text! {
+    TrafficPolicy: "cluster or local",
+    Affinity: "none, client-ip or client-ip:SECONDS",
+}
+
 /// How a backend is chosen for a new flow.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -97,8 +104,7 @@ impl fmt::Display for Owner {
 }
 
 /// Which backends a service's clients get.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub enum TrafficPolicy {
     /// Those of all nodes.
     #[default]
@@ -131,12 +137,6 @@ impl FromStr for TrafficPolicy {
             "local" | "Local" => Ok(Self::Local),
             _ => Err(TrafficPolicyError(text.to_owned())),
         }
-    }
-}
-
-impl<'de> Deserialize<'de> for TrafficPolicy {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        crate::text::deserialize_text(deserializer, "cluster or local", str::parse)
     }
 }
 
@@ -183,17 +183,5 @@ impl fmt::Display for Affinity {
             None => f.write_str("none"),
             Some(seconds) => write!(f, "client-ip:{seconds}"),
         }
-    }
-}
-
-impl Serialize for Affinity {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Affinity {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        crate::text::deserialize_text(deserializer, "none, client-ip or client-ip:SECONDS", str::parse)
     }
 }

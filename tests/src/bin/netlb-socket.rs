@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use netlb_integration::dns;
 use nix::errno::Errno;
 
 /// For a connection, and for a datagram.
@@ -72,6 +73,11 @@ fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
             return Ok(format!("{} {}", stream.peer_addr()?, line.trim_end()));
         }
         (["connect-for", millis, to], _) => return connect_for(Duration::from_millis(millis.parse()?), to.parse()?),
+        (["resolve-for", millis, kind, server], _) => {
+            let kind =
+                if *kind == dns::Socket::Connected.name() { dns::Socket::Connected } else { dns::Socket::Unconnected };
+            return Ok(dns::resolve_for(Duration::from_millis(millis.parse()?), kind, server.parse()?)?.to_string());
+        }
         _ => bail!("cannot do `{line}`"),
     }
     Ok(String::new())

@@ -13,7 +13,8 @@ use std::{
 use netlb_common::{
     hop::Hop,
     maps::{Backend, Config, Frontend, Tally},
-    table::{Bucket, Record},
+    snat::Source,
+    table::{Bucket, Overflow, Record},
 };
 
 /// An element that several writers share: all access to it is atomic.
@@ -34,9 +35,13 @@ unsafe impl Shared for Bucket {}
 // SAFETY: as above.
 unsafe impl Shared for Record {}
 // SAFETY: as above.
+unsafe impl Shared for Overflow {}
+// SAFETY: as above.
 unsafe impl Shared for Tally {}
 // SAFETY: as above.
 unsafe impl Shared for Hop {}
+// SAFETY: as above.
+unsafe impl Shared for Source {}
 
 /// An element that is copied in and out.
 ///

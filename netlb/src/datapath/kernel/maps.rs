@@ -27,6 +27,7 @@ use netlb_common::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, NodePortKey, Owners, RangeKey,
         ServiceStats, Tally,
     },
+    snat::{self, Source},
     table::{Bucket, Overflow, Place, Record, Storage},
 };
 
@@ -57,6 +58,7 @@ pub struct KernelMaps {
     filter: Mapping<AtomicU64>,
     service_stats: PerCpuArray<MapData, ServiceStats>,
     backend_stats: Mapping<Tally>,
+    sources: Mapping<Source>,
     flows: FlowTable,
     grace: Arc<Grace>,
 }
@@ -158,6 +160,7 @@ impl KernelMaps {
             filter: take_mapped(ebpf, "FILTER", layout.filter_words())?,
             service_stats: take_per_cpu(ebpf, "SERVICE_STATS")?,
             backend_stats: take_mapped(ebpf, "BACKEND_STATS", sizes.backends)?,
+            sources: take_mapped(ebpf, "SNAT_ADDRESSES", snat::ADDRESSES)?,
             flows: FlowTable {
                 buckets: take_mapped(ebpf, "FLOWS", layout.flow_buckets())?,
                 records: take_mapped(ebpf, "FLOW_RECORDS", layout.flow_records())?,
@@ -386,6 +389,10 @@ impl Maps for KernelMaps {
 
     fn clear_backend_flows(&mut self, id: u32) {
         self.backend_stats.at(id).0.store(0);
+    }
+
+    fn source(&self, index: u32) -> Option<Addr> {
+        self.sources.get(index)?.addr()
     }
 
     fn flows(&self) -> &dyn Storage {

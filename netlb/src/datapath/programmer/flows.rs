@@ -1,16 +1,18 @@
 //! The flow table, seen from user space.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use netlb_common::{
+    addr::PortBe,
     conntrack::{Direction, State as FlowState},
     flow::Fingerprint,
+    snat,
     table::{self, Data, Place, SLOTS, Slot, Storage, is_live},
     time::seconds_from_ticks,
 };
 
 use super::*;
-use crate::dataplane::{BackendCounters, Flow, FlowFilter, ServiceStats};
+use crate::dataplane::{BackendCounters, Flow, FlowFilter, FlowService, ServiceStats};
 
 /// Ticks in which the sweep passes the whole table once: far less than the time field takes to wrap.
 const SWEEP_TICKS: u32 = 256;
@@ -32,11 +34,11 @@ impl<M: Maps> Programmer<M> {
         // Who never had a flow has none now. That spares the answer to a change the way through the whole table.
         if entries().flat_map(|entry| entry.backends.values()).any(|id| self.maps.backend_flows(*id) > 0) {
             active.resize(self.sizes.backends as usize, 0_u64);
-            self.each_flow((self.clock)(), |_, _, data| {
+            for (_, _, data) in self.live(is_forward) {
                 if let Some(count) = active.get_mut(data.id() as usize) {
                     *count += 1;
                 }
-            });
+            }
         }
         let stats = |index: &Option<u32>| {
             let Some((index, entry)) = index.and_then(|index| Some((index, self.services.get(index)?))) else {
@@ -55,55 +57,34 @@ impl<M: Maps> Programmer<M> {
     }
 
     pub fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow> {
-        let now = (self.clock)();
         let Some(service) = self.filtered_service(filter) else { return Vec::new() };
-        let storage = self.maps.flows();
-        let mut flows = Vec::new();
-        for (place, slot, data) in forward(storage, now) {
-            if flows.len() >= limit {
-                break;
-            }
-            if self.is_of(data, service)
-                && let Some(flow) = self.flow(storage, place, slot, data, now)
-            {
-                flows.push(flow);
-            }
-        }
-        flows
+        let of_service = self.live(is_forward).filter(|(_, _, data)| self.is_of(*data, service));
+        of_service.filter_map(|(place, slot, data)| self.flow(place, slot, data)).take(limit).collect()
     }
 
     pub fn count_flows(&self, filter: &FlowFilter) -> u64 {
         let Some(service) = self.filtered_service(filter) else { return 0 };
-        let mut count = 0;
-        // What is masqueraded is no service's.
-        self.each_flow((self.clock)(), |_, _, data| count += u64::from(data.id() != 0 && self.is_of(data, service)));
-        count
+        self.live(is_forward).filter(|(_, _, data)| self.is_of(*data, service)).count() as u64
     }
 
     /// Removes flows and says how many they were.
     pub fn flush_flows(&mut self, filter: &FlowFilter) -> u64 {
-        let now = (self.clock)();
         let Some(service) = self.filtered_service(filter) else { return 0 };
         let storage = self.maps.flows();
         let mut count = 0;
-        for (place, slot) in slots(storage) {
-            let data = Data(slot.data.load());
-            if !is_live(storage, data, now) {
-                continue;
-            }
+        for (place, slot, data) in self.live(|_| true) {
             let fingerprint = Fingerprint(slot.fingerprint.load());
             match data.direction() {
                 Direction::Forward if self.is_of(data, service) => {
                     let twin = storage.record(place).and_then(|record| record.read(fingerprint)).map(|flow| flow.twin);
-                    let removed = release(storage, slot, fingerprint, now);
-                    count += u64::from(removed);
+                    count += u64::from(self.release(slot, fingerprint));
                     // Left alone, it would bring back the slot that was removed.
-                    if let Some(found) = twin.and_then(|twin| storage.find(twin, now)) {
-                        release(storage, found.slot, Fingerprint(found.slot.fingerprint.load()), now);
+                    if let Some(found) = twin.and_then(|twin| storage.find(twin, (self.clock)())) {
+                        self.release(found.slot, Fingerprint(found.slot.fingerprint.load()));
                     }
                 }
                 Direction::Reply if self.is_reply_of(data, service) => {
-                    release(storage, slot, fingerprint, now);
+                    self.release(slot, fingerprint);
                 }
                 _ => {}
             }
@@ -113,9 +94,7 @@ impl<M: Maps> Programmer<M> {
 
     /// Slots of live flows, and slots there are.
     pub(super) fn flow_slots(&self) -> (u64, u64) {
-        let (storage, now) = (self.maps.flows(), (self.clock)());
-        let live = slots(storage).filter(|(_, slot)| is_live(storage, Data(slot.data.load()), now)).count();
-        (live as u64, (u64::from(storage.mask()) + 1) * SLOTS as u64)
+        (self.live(|_| true).count() as u64, (u64::from(self.maps.flows().mask()) + 1) * SLOTS as u64)
     }
 
     /// Every number in every live slot and its record. Expired slots are cleared on the way, so that no packet that saw
@@ -132,7 +111,7 @@ impl<M: Maps> Programmer<M> {
         };
         let storage = self.maps.flows();
         for (place, slot) in slots(storage) {
-            let Some(data) = self.live_or_cleared(storage, slot) else { continue };
+            let Some(data) = self.live_or_cleared(slot) else { continue };
             match data.direction() {
                 Direction::Forward => mark(&mut named.backends, data.id()),
                 Direction::Reply => mark(&mut named.frontends, data.id()),
@@ -153,25 +132,52 @@ impl<M: Maps> Programmer<M> {
         let part = buckets.div_ceil(SWEEP_TICKS.into()) as u32;
         for index in (0..part).map(|n| self.swept.wrapping_add(n) & storage.mask()) {
             for slot in storage.bucket(index).iter().flat_map(|bucket| &bucket.slots) {
-                self.live_or_cleared(storage, slot);
+                self.live_or_cleared(slot);
             }
         }
         self.swept = self.swept.wrapping_add(part) & storage.mask();
     }
 
     /// A slot's data, if its flow is alive. One that expired is freed, unless somebody is writing it.
-    fn live_or_cleared(&self, storage: &dyn Storage, slot: &Slot) -> Option<Data> {
+    fn live_or_cleared(&self, slot: &Slot) -> Option<Data> {
         let data = Data(slot.data.load());
-        if matches!(data.state(), FlowState::FREE | FlowState::CLAIMING) {
+        if is_empty(data) {
             return None;
         }
-        // Read after the slot: by a clock from before, a flow that packets refreshed since then would be far ahead of it, hence very old.
-        if is_live(storage, data, (self.clock)()) {
+        if self.is_live(data) {
             return Some(data);
         }
         // Whoever was faster has revived it.
         table::release(slot, data);
         None
+    }
+
+    /// The slots of live flows, as far as what they hold is wanted.
+    pub(super) fn live(&self, wanted: impl Fn(Data) -> bool) -> impl Iterator<Item = (Place, &Slot, Data)> {
+        slots(self.maps.flows()).filter_map(move |(place, slot)| {
+            let data = Data(slot.data.load());
+            (!is_empty(data) && wanted(data) && self.is_live(data)).then_some((place, slot, data))
+        })
+    }
+
+    /// Whether data that a slot has, or had just now, is that of a live flow.
+    fn is_live(&self, data: Data) -> bool {
+        // The clock is read after the slot: by one from before, a flow that packets refreshed since then would be ahead of it, hence very old.
+        is_live(self.maps.flows(), data, (self.clock)())
+    }
+
+    /// Frees a slot as long as it is this flow's, however often packets change it meanwhile. Says whether it did.
+    fn release(&self, slot: &Slot, fingerprint: Fingerprint) -> bool {
+        for _ in 0..ATTEMPTS {
+            let data = Data(slot.data.load());
+            if slot.fingerprint.load() != fingerprint.0 || !self.is_live(data) {
+                return false;
+            }
+            if table::release(slot, data) {
+                return true;
+            }
+        }
+        false
     }
 
     /// The number of the service a filter means, or every service. None if there is no such service.
@@ -197,50 +203,60 @@ impl<M: Maps> Programmer<M> {
         service.is_none_or(of)
     }
 
-    fn flow(&self, storage: &dyn Storage, place: Place, slot: &Slot, data: Data, now: Ticks) -> Option<Flow> {
-        let record = storage.record(place)?.read(Fingerprint(slot.fingerprint.load()))?;
-        let backend = self.backends.get(data.id())?;
+    fn flow(&self, place: Place, slot: &Slot, data: Data) -> Option<Flow> {
+        let record = self.maps.flows().record(place)?.read(Fingerprint(slot.fingerprint.load()))?;
+        let service = if data.is_masqueraded() {
+            None
+        } else {
+            let backend = self.backends.get(data.id())?;
+            Some(FlowService {
+                name: self.name(backend.service),
+                frontend: frontend_of(&self.frontends.get(record.frontend)?.key)?,
+                backend: socket_address(backend.key.addr, backend.key.port),
+            })
+        };
+        let source = self.maps.source(record.snat.source());
         Some(Flow {
-            service: self.name(backend.service),
+            service,
             client: socket_address(record.client, record.client_port),
-            frontend: frontend_of(&self.frontends.get(record.frontend)?.key)?,
-            backend: socket_address(backend.key.addr, backend.key.port),
+            protocol: protocol_name(record.protocol).to_owned(),
+            source: source.map(|address| socket_address(address, record.snat.port())),
             state: data.state().name().to_owned(),
-            idle_seconds: seconds_from_ticks(data.idle(now).into()),
+            idle_seconds: seconds_from_ticks(data.idle((self.clock)()).into()),
         })
     }
 
-    fn each_flow(&self, now: Ticks, mut each: impl FnMut(Place, &Slot, Data)) {
-        forward(self.maps.flows(), now).for_each(|(place, slot, data)| each(place, slot, data));
+    /// The addresses of the node that flows were given as their source: those of IPv4 first.
+    pub fn sources(&self) -> Vec<IpAddr> {
+        let known = (1..snat::ADDRESSES).filter_map(|index| self.maps.source(index));
+        let mut sources: Vec<_> = known.map(|address| socket_address(address, PortBe(0)).ip()).collect();
+        sources.sort_unstable();
+        sources
     }
 }
 
-pub(super) fn slots(storage: &dyn Storage) -> impl Iterator<Item = (Place, &Slot)> {
+/// Echo requests are flows only where they are masqueraded.
+fn protocol_name(number: u8) -> &'static str {
+    match number {
+        6 => "tcp",
+        17 => "udp",
+        _ => "icmp",
+    }
+}
+
+/// Whether a slot is nobody's, or about to be somebody's.
+fn is_empty(data: Data) -> bool {
+    matches!(data.state(), FlowState::FREE | FlowState::CLAIMING)
+}
+
+/// Whether a slot is of the direction from the client, of which each flow has one.
+pub(super) fn is_forward(data: Data) -> bool {
+    data.direction() == Direction::Forward
+}
+
+fn slots(storage: &dyn Storage) -> impl Iterator<Item = (Place, &Slot)> {
     let buckets = (0..=storage.mask()).filter_map(|index| Some((index, storage.bucket(index)?)));
     buckets.flat_map(|(index, bucket)| {
         bucket.slots.iter().enumerate().map(move |(number, slot)| (Place::new(index, number), slot))
     })
-}
-
-/// The live slots of the direction from the client, of which each flow has one.
-fn forward(storage: &dyn Storage, now: Ticks) -> impl Iterator<Item = (Place, &Slot, Data)> {
-    slots(storage).filter_map(move |(place, slot)| {
-        let data = Data(slot.data.load());
-        let is_flow = is_live(storage, data, now) && data.direction() == Direction::Forward;
-        is_flow.then_some((place, slot, data))
-    })
-}
-
-/// Frees a slot as long as it is this flow's, however often packets change it meanwhile. Says whether it did.
-fn release(storage: &dyn Storage, slot: &Slot, fingerprint: Fingerprint, now: Ticks) -> bool {
-    for _ in 0..ATTEMPTS {
-        let data = Data(slot.data.load());
-        if slot.fingerprint.load() != fingerprint.0 || !is_live(storage, data, now) {
-            return false;
-        }
-        if table::release(slot, data) {
-            return true;
-        }
-    }
-    false
 }

@@ -3,14 +3,9 @@
 //! The programs count flows that begin. Which of them ended is seen in the flow table, every other second. So nothing is done for it when
 //! a packet of a flow comes, and a flow that begins counts at once.
 
-use netlb_common::{
-    conntrack::{Direction, State as FlowState},
-    maps::algorithm,
-    table::{Data, is_live},
-    time::ticks_from_seconds,
-};
+use netlb_common::{conntrack::State as FlowState, maps::algorithm, table::Data, time::ticks_from_seconds};
 
-use super::{flows::slots, *};
+use super::{flows::is_forward, *};
 
 /// Seconds between two passes.
 const PAUSE: u64 = 2;
@@ -61,33 +56,22 @@ impl<M: Maps> Programmer<M> {
         }
         // Before the table is looked at: what begins meanwhile counts twice at worst, until the next time.
         let created: Vec<_> = ids.iter().map(|id| self.maps.backend_flows(*id)).collect();
-        let mut counts: Vec<Option<u64>> = vec![None; self.sizes.backends as usize];
-        ids.iter().for_each(|id| counts[*id as usize] = Some(0));
-        let storage = self.maps.flows();
-        for (_, slot) in slots(storage) {
-            let data = Data(slot.data.load());
-            if has_begun(data)
-                && let Some(Some(count)) = counts.get_mut(data.id() as usize)
-                // The clock is read after the slot: by one from before, a flow that was heard of since would look very old.
-                && is_live(storage, data, (self.clock)())
-            {
-                *count += 1;
-            }
+        let mut by_load = vec![false; self.sizes.backends as usize];
+        ids.iter().for_each(|id| by_load[*id as usize] = true);
+        let mut counts = vec![0_u64; by_load.len()];
+        let is_by_load = |data: Data| matches!(by_load.get(data.id() as usize), Some(true));
+        for (_, _, data) in self.live(|data| is_forward(data) && !is_over(data) && is_by_load(data)) {
+            counts[data.id() as usize] += 1;
         }
         for (id, created) in ids.into_iter().zip(created) {
-            let live = counts[id as usize].unwrap_or_default();
-            self.maps.set_backend_base(id, live.wrapping_sub(created));
+            self.maps.set_backend_base(id, counts[id as usize].wrapping_sub(created));
         }
         let rest = start.elapsed().as_millis() as u64 * SHARE / 1000;
         self.loads.pause = self.loads.pause.max(ticks_from_seconds(rest) as u32);
     }
 }
 
-/// Whether a slot is that of a flow, in the direction from its client, which is not over.
-fn has_begun(data: Data) -> bool {
-    let is_over = matches!(
-        data.state(),
-        FlowState::FREE | FlowState::CLAIMING | FlowState::CLOSING | FlowState::RESET_FORWARD | FlowState::RESET_REPLY
-    );
-    !is_over && data.direction() == Direction::Forward
+/// Whether a flow has ended, and only waits for what comes late.
+fn is_over(data: Data) -> bool {
+    matches!(data.state(), FlowState::CLOSING | FlowState::RESET_FORWARD | FlowState::RESET_REPLY)
 }

@@ -78,7 +78,9 @@ pub(super) struct MemoryMaps {
     filter: Vec<u64>,
     pub(super) service_stats: Vec<ServiceCounters>,
     pub(super) backend_flows: Vec<u64>,
-    flows: FlowTable,
+    /// Those that flows were given, from index 1 on.
+    pub(super) sources: Vec<Addr>,
+    pub(super) flows: FlowTable,
     clock: TestClock,
     /// Records that packets under way may still read, though `SERVICES` names them no more.
     lingering: Mutex<HashSet<u32>>,
@@ -100,6 +102,9 @@ pub(super) struct FlowTable {
     buckets: Box<[Bucket]>,
     records: Box<[Record]>,
     overflows: Box<[Overflow]>,
+    clock: TestClock,
+    /// How long it is until a scan that has begun sees its first bucket, while which all flows are busy.
+    pub(super) scan_ticks: AtomicU32,
 }
 
 pub(super) const TIMEOUT: u32 = 100;
@@ -111,6 +116,11 @@ impl Storage for FlowTable {
     }
 
     fn bucket(&self, index: u32) -> Option<&Bucket> {
+        let ticks = self.scan_ticks.load(Ordering::Relaxed);
+        if index == 0 && ticks > 0 {
+            self.clock.advance(ticks);
+            self.refresh();
+        }
         self.buckets.get(index as usize)
     }
 
@@ -130,13 +140,25 @@ impl Storage for FlowTable {
 impl Operations for &FlowTable {}
 
 impl FlowTable {
-    fn new() -> Self {
+    /// Has a packet come for each direction of every flow.
+    fn refresh(&self) {
+        for slot in self.buckets.iter().flat_map(|bucket| &bucket.slots) {
+            let data = Data(slot.data.load());
+            if is_live(self, data, self.clock.now()) {
+                table::change(slot, data, |data| data.after(Segment::DATAGRAM, self.clock.now()));
+            }
+        }
+    }
+
+    fn new(clock: TestClock) -> Self {
         // SAFETY: all are words, which may be zero.
         unsafe {
             Self {
                 buckets: Box::new_zeroed_slice(BUCKETS).assume_init(),
                 records: Box::new_zeroed_slice(BUCKETS * SLOTS).assume_init(),
                 overflows: Box::new_zeroed_slice(BUCKETS / Overflow::BUCKETS as usize).assume_init(),
+                clock,
+                scan_ticks: AtomicU32::new(0),
             }
         }
     }
@@ -161,7 +183,8 @@ impl MemoryMaps {
             filter: vec![0; 1 << (sizes.filter_bits_log2 - 6)],
             service_stats: vec![ServiceCounters::default(); len(sizes.frontends)],
             backend_flows: vec![0; len(sizes.backends)],
-            flows: FlowTable::new(),
+            sources: Vec::new(),
+            flows: FlowTable::new(clock.clone()),
             clock,
             lingering: Mutex::default(),
             log: Mutex::default(),
@@ -233,6 +256,21 @@ impl MemoryMaps {
         Some(backend)
     }
 
+    /// What masquerading leaves behind: the directions of a flow that is no service's.
+    pub(super) fn begin_masqueraded(&mut self, client: u16, source: Addr, port: PortBe) {
+        self.sources.push(source);
+        let fingerprint = |salt: u64| Fingerprint((u64::from(client) ^ salt).wrapping_mul(0xff51_afd7_ed55_8ccd));
+        let (forward, reply) = (fingerprint(1 << 40), fingerprint(1 << 50));
+        let (snat, now) = (Snat::new(self.sources.len() as u32, port), self.clock.now());
+        for (fingerprint, twin, direction) in [(reply, forward, Direction::Reply), (forward, reply, Direction::Forward)]
+        {
+            let (client, client_port) = (Addr::from_v4([10, 244, 9, 9]), PortBe::new(client));
+            let flow = Flow { twin, client, client_port, protocol: 6, snat, frontend: 0, backend: 0 };
+            let data = Data::new(direction, State::ESTABLISHED, 0).with_snat(true);
+            table::insert(&self.flows, &New { fingerprint, data, flow, now });
+        }
+    }
+
     /// Live slots.
     pub(super) fn live(&self) -> usize {
         self.live_slots().count()
@@ -241,16 +279,6 @@ impl MemoryMaps {
     fn live_slots(&self) -> impl Iterator<Item = Data> {
         let slots = self.flows.buckets.iter().flat_map(|bucket| &bucket.slots);
         slots.map(|slot| Data(slot.data.load())).filter(|data| is_live(&self.flows, *data, self.clock.now()))
-    }
-
-    /// Has a packet come for each direction of every flow.
-    fn refresh_flows(&self) {
-        for slot in self.flows.buckets.iter().flat_map(|bucket| &bucket.slots) {
-            let data = Data(slot.data.load());
-            if is_live(&self.flows, data, self.clock.now()) {
-                table::change(slot, data, |data| data.after(Segment::DATAGRAM, self.clock.now()));
-            }
-        }
     }
 
     fn note(&self, op: Op) {
@@ -557,6 +585,10 @@ impl Maps for MemoryMaps {
         self.backend_flows[id as usize] = 0;
     }
 
+    fn source(&self, index: u32) -> Option<Addr> {
+        self.sources.get((index as usize).checked_sub(1)?).copied()
+    }
+
     fn flows(&self) -> &dyn Storage {
         &self.flows
     }
@@ -565,7 +597,7 @@ impl Maps for MemoryMaps {
         self.note(Op::Grace);
         self.clock.advance(self.grace_ticks);
         if self.grace_ticks > 0 {
-            self.refresh_flows();
+            self.flows.refresh();
         }
         self.lingering.lock().unwrap().clear();
     }

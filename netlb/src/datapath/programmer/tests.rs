@@ -8,7 +8,7 @@ use super::{
     *,
 };
 use crate::{
-    dataplane::{FlowFilter, ServiceStats},
+    dataplane::{FlowFilter, FlowService, ServiceStats},
     model::{self, Algorithm, BackendState, Definition, Owner, SnatMode, TrafficPolicy, Weight},
 };
 
@@ -461,7 +461,7 @@ fn a_removed_service_comes_back_to_its_flows() {
     bench.serve(&[]);
     bench.tick(20);
     let flows = bench.programmer.flows(&FlowFilter::default(), 9);
-    assert_eq!((flows.len(), flows[0].service.as_str()), (1, "web"));
+    assert_eq!((flows.len(), flows[0].service_name()), (1, Some("web")));
     bench.serve(&[web(&[A])]);
     let after = bench.config(WEB);
     assert_eq!((after.service, after.frontend, bench.backend("web", A)), (before.service, before.frontend, a));
@@ -532,7 +532,7 @@ fn a_frontend_moves_by_one_switch() {
         bench.tick(30);
         bench.tick(1);
         assert_eq!(bench.flags(flow), ACTIVE, "the old flow goes on");
-        assert_eq!(bench.programmer.flows(&FlowFilter::default(), 1)[0].service, "web");
+        assert_eq!(bench.programmer.flows(&FlowFilter::default(), 1)[0].service_name(), Some("web"));
         bench.serve(&[]);
         bench.clock.advance(TIMEOUT * 4);
         bench.rest();
@@ -747,7 +747,7 @@ fn a_new_daemon_goes_on_from_the_maps() {
     let mut bench = bench.restart();
     assert_eq!(bench.serve(&desired[1..]), 1, "what is not wanted any more goes");
     let mut bench = bench.restart();
-    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 9)[0].service, WEB, "for want of a name");
+    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 9)[0].service_name(), Some(WEB), "for want of a name");
     assert_eq!(bench.programmer.count_flows(&FlowFilter { service: Some(WEB.to_owned()) }), 1);
     bench.serve(&desired[1..]);
     bench.clock.advance(TIMEOUT * 4 + 4);
@@ -817,10 +817,14 @@ fn flows_say_who_talks_to_whom() {
     flows.sort_by_key(|flow| flow.client);
     assert_eq!(flows.len(), 2);
     let expected = crate::dataplane::Flow {
-        service: "web".to_owned(),
+        service: Some(FlowService {
+            name: "web".to_owned(),
+            frontend: WEB.parse().unwrap(),
+            backend: A.parse().unwrap(),
+        }),
         client: "10.244.9.9:4000".parse().unwrap(),
-        frontend: WEB.parse().unwrap(),
-        backend: A.parse().unwrap(),
+        protocol: "tcp".to_owned(),
+        source: None,
         state: "established".to_owned(),
         idle_seconds: flows[0].idle_seconds,
     };
@@ -830,6 +834,43 @@ fn flows_say_who_talks_to_whom() {
     assert_eq!(bench.programmer.flows(&FlowFilter::default(), 1).len(), 1);
     assert_eq!(bench.programmer.count_flows(&FlowFilter { service: Some("dns".to_owned()) }), 1);
     assert_eq!(bench.used("flows"), 4);
+}
+
+#[test]
+fn flows_that_packets_refresh_during_a_scan_are_seen() {
+    let mut bench = Bench::new();
+    bench.serve(&[with_algorithm("web", &[WEB], &[A], Algorithm::LeastConn)]);
+    let id = bench.begin_flow(WEB, 1).unwrap();
+    bench.maps().flows.scan_ticks = 8.into();
+    let all = FlowFilter::default();
+    assert_eq!(bench.programmer.count_flows(&all), 1);
+    assert_eq!(bench.programmer.flows(&all, 9).len(), 1);
+    assert_eq!(bench.stats("web").backends[0].1.active, 1);
+    assert_eq!(bench.used("flows"), 2);
+    bench.programmer.count_loads();
+    assert_eq!(bench.maps().backend(id).base, 0, "one was given, and one lives");
+    assert_eq!(bench.programmer.flush_flows(&all), 1);
+    assert_eq!(bench.maps().live(), 0);
+}
+
+#[test]
+fn what_is_masqueraded_is_among_all_flows_and_no_services() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    bench.begin_flow(WEB, 4000);
+    let (all, of_web) = (FlowFilter::default(), FlowFilter { service: Some("web".to_owned()) });
+    assert_eq!(bench.programmer.sources(), Vec::<IpAddr>::new());
+    bench.maps().begin_masqueraded(4001, Addr::from_v4([192, 0, 2, 1]), PortBe::new(61000));
+    assert_eq!(bench.programmer.sources(), [IpAddr::from([192, 0, 2, 1])]);
+    let mut flows = bench.programmer.flows(&all, 10);
+    flows.sort_by_key(|flow| flow.client);
+    let [served, masqueraded] = flows.try_into().unwrap();
+    assert_eq!((served.service.unwrap().name.as_str(), served.source), ("web", None));
+    assert_eq!((masqueraded.service, masqueraded.protocol.as_str()), (None, "tcp"));
+    assert_eq!(masqueraded.source, Some("192.0.2.1:61000".parse().unwrap()));
+    assert_eq!(masqueraded.client, "10.244.9.9:4001".parse().unwrap());
+    assert_eq!((bench.programmer.count_flows(&all), bench.programmer.count_flows(&of_web)), (2, 1));
+    assert_eq!(bench.programmer.flows(&of_web, 10).len(), 1);
 }
 
 #[test]
