@@ -17,7 +17,7 @@ use crate::{
 
 pub(crate) use self::selection::{first_member, in_force, member_id, remembered};
 pub use self::{
-    handed::{At, adopt, backend_at, belongs},
+    handed::{At, adopt, backend_at, belongs, member_at},
     selection::{Selection, remember, select},
 };
 

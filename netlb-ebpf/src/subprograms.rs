@@ -86,6 +86,10 @@ subprogram! {
         maps::masquerade_spares(Addr([a, b])) as u32
     }
 
+    fn dsr_member_at(config: u32, member: u32, a: u64, b: u64) -> u32 {
+        balance::member_at(Kernel, config, member, Addr([a, b]))
+    }
+
     fn dsr_unwraps_from(a: u64, b: u64) -> u32 {
         maps::unwraps_from(Addr([a, b])) as u32
     }
@@ -387,7 +391,7 @@ macro_rules! parts {
 
             fn $backend_at(work: *const Work<$family>, a: u64, b: u64) -> u64 {
                 let Some(work) = (unsafe { work.as_ref() }) else { return At::NO_SERVICE.0 };
-                balance::backend_at(Kernel, &work.packet, Addr([a, b])).0
+                balance::backend_at(Kernel, &work.packet, |config, member| dsr_member_at(config, member, a, b)).0
             }
 
             fn $adopt(work: *mut Work<$family>, at: u64) -> u32 {

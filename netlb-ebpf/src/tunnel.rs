@@ -1,8 +1,8 @@
 //! Packets in packets. A balancing node wraps what comes from outside for a backend of another node, which unwraps it, and whose replies go
 //! to the client straight from there.
 //!
-//! What is wrapped is the packet as it came, but for the hop that this node is (RFC 2003 §3.1). The outer header has its traffic class, and
-//! for IPv6 its flow label. It forbids fragmentation: nobody would put the pieces together before they are unwrapped.
+//! What is wrapped is the packet as it came, but for the hop that this node is (RFC 2003 §3.1). The outer header has its traffic class,
+//! and for IPv6 its flow label. It forbids fragmentation: nobody would put the pieces together before they are unwrapped.
 
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM},
@@ -199,8 +199,8 @@ pub(crate) fn wrap_error<A: Packet>(frame: &Skb, errand: &Errand<A>) -> i32 {
     }
 }
 
-/// Takes a packet out of the one that another node put around it, if it is for a backend behind this node or for the node itself, and sends it
-/// on. Everything else passes as it came. The result may say that it is too long, as that of [`dispatch`](crate::tc::dispatch) does.
+/// Takes a packet out of the one that another node put around it, if it is for a backend behind this node or for the node itself, and sends
+/// it on. Everything else passes as it came. The result may say that it is too long, as that of [`dispatch`](crate::tc::dispatch) does.
 ///
 /// Part of the program itself: there is not stack enough below one more subprogram.
 #[inline(always)]

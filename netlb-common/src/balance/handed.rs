@@ -36,28 +36,36 @@ impl At {
     }
 }
 
-/// The backend at an address of the service that a packet is to. Of several with different ports it is the one that the hash comes to first.
+/// The backend at an address of the service that a packet is to. Of several with different ports it is the one that the hash comes to
+/// first.
 ///
-/// Policies were asked where it was chosen.
+/// Policies were asked where it was chosen. `at` is [`member_at`] for that address.
 #[inline(always)]
-pub fn backend_at<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, address: Addr) -> At {
+pub fn backend_at<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, at: impl Fn(u32, u32) -> u32) -> At {
     let tuple = &packet.tuple;
     let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
     let Some((index, config)) = in_force(&tables, &key) else { return At::NO_SERVICE };
-    let hash = if config.algorithm == algorithm::MAGLEV { select::hash(tuple) } else { 0 };
     let is_hashed = config.algorithm == algorithm::MAGLEV && config.affinity == 0;
-    let first = if is_hashed { first_member(tables, config, hash).unwrap_or(0) } else { 0 };
+    let first = if is_hashed { first_member(tables, config, select::hash(tuple)).unwrap_or(0) } else { 0 };
+    let members = config.members_len;
     for n in 0..SEARCHED {
-        if n >= config.members_len {
+        if n >= members {
             break;
         }
-        let Some(id) = member_id(tables, config, first + n) else { break };
-        let Some(backend) = tables.backend(id) else { break };
-        if backend.addr == address {
+        let id = at(index, first.wrapping_add(n));
+        if id != 0 {
             return At((index as u64) << 32 | id as u64);
         }
     }
     At::NOBODY
+}
+
+/// The id of a service's member, if it is at an address; else 0.
+#[inline(always)]
+pub fn member_at(tables: impl Tables, config: u32, member: u32, address: Addr) -> u32 {
+    let Some(config) = tables.config(config) else { return 0 };
+    let Some(id) = member_id(tables, config, member) else { return 0 };
+    if tables.backend(id).is_some_and(|backend| backend.addr == address) { id } else { 0 }
 }
 
 /// Whether a packet is of a flow to the address that it was sent to. `known` is what [`known`] said.
@@ -71,8 +79,8 @@ pub fn belongs<A: Family>(known: Known, translation: &Translation<A>, address: A
         && translation.address.to_map() == address
 }
 
-/// Makes the flow of a packet to a backend that another node has chosen. What it was before is over: that node knows. It keeps its source: its
-/// replies come back through this node.
+/// Makes the flow of a packet to a backend that another node has chosen. What it was before is over: that node knows. It keeps its source:
+/// its replies come back through this node.
 #[inline(always)]
 pub fn adopt<A: Family, T: Tables>(
     tables: T,

@@ -412,7 +412,10 @@ fn a_packet_is_its_backends_whom_another_node_has_chosen() {
     let node = node();
     let packet = Node::packet(40_000, SYN);
     let lookup = node.lookup(&packet);
-    let at = |n| backend_at(&node, &packet, v4(10, 244, 1, n).to_map());
+    let of = |packet: &Parsed<Ipv4Be>, n| {
+        backend_at(&node, packet, |config, member| member_at(&node, config, member, v4(10, 244, 1, n).to_map()))
+    };
+    let at = |n| of(&packet, n);
     let mut translation = Translation::none();
     for n in [1, 2, 3, 1] {
         let address = v4(10, 244, 1, n);
@@ -428,5 +431,5 @@ fn a_packet_is_its_backends_whom_another_node_has_chosen() {
     assert_eq!(at(9), At::NOBODY);
     let mut elsewhere = packet;
     elsewhere.tuple.destination_port = PortBe::new(81);
-    assert_eq!(backend_at(&node, &elsewhere, v4(10, 244, 1, 1).to_map()), At::NO_SERVICE);
+    assert_eq!(of(&elsewhere, 1), At::NO_SERVICE);
 }
