@@ -70,7 +70,12 @@ pub(crate) fn run(options: &Options) -> Result<Vec<ControlRow>> {
     };
     let mut rows = Vec::new();
     for &services in extent.sizes {
-        rows.extend(netlb_rows(extent, services)?);
+        match netlb_rows(extent, services) {
+            Ok(found) => rows.extend(found),
+            Err(error) if options.scale == Scale::Smoke => return Err(error),
+            // What was found so far is not to be lost.
+            Err(error) => note(format_args!("control, {services} services: not measured: {error:#}")),
+        }
     }
     for &services in extent.peers {
         for peer in load::PEERS {

@@ -137,7 +137,7 @@ impl Scope {
 pub(crate) fn run(options: &Options) -> Result<Vec<PathRow>> {
     let budget = match options.scale {
         Scale::Smoke => Duration::ZERO,
-        Scale::Quick => Duration::from_secs(110),
+        Scale::Quick => Duration::from_secs(95),
         Scale::Full => Duration::from_secs(780),
     };
     let sizes = |stage: &Stage| match options.scale {
