@@ -215,12 +215,13 @@ impl<M: Maps> Programmer<M> {
                 backend: socket_address(backend.key.addr, backend.key.port),
             })
         };
-        let source = self.maps.source(record.snat.source());
+        // The address that packets are wrapped with is no source: the backend sees the client.
+        let snat = Some(record.snat).filter(|snat| !snat.is_outer());
         Some(Flow {
             service,
             client: socket_address(record.client, record.client_port),
             protocol: protocol_name(record.protocol).to_owned(),
-            source: source.map(|address| socket_address(address, record.snat.port())),
+            source: snat.and_then(|snat| Some(socket_address(self.maps.source(snat.source())?, snat.port()))),
             state: data.state().name().to_owned(),
             idle_seconds: seconds_from_ticks(data.idle((self.clock)()).into()),
         })
