@@ -62,6 +62,9 @@ pub trait Tables: Operations {
     /// How many times this was asked for the service before.
     fn turn(&self, service: u32) -> u64;
     fn random(&self) -> u32;
+    /// Whether a packet from a backend was found to be no service's a moment ago.
+    fn is_stranger(&self, fingerprint: Fingerprint, now: Ticks) -> bool;
+    fn note_stranger(&self, fingerprint: Fingerprint, now: Ticks);
     fn count(&self, counter: Counter);
     fn count_flow(&self, service: u32, backend: u32);
 }
@@ -798,9 +801,15 @@ pub fn lost_reply<A: Family, T: Tables>(
         return Verdict::Pass;
     }
     let now = lookup.now;
+    if tables.is_stranger(lookup.fingerprint, now) {
+        return Verdict::Pass;
+    }
     let tuple = &packet.tuple;
     let key = EndpointKey::new(tuple.source.to_map(), tuple.source_port, tuple.protocol);
-    let Some(owners) = tables.owners(&key) else { return Verdict::Pass };
+    let Some(owners) = tables.owners(&key) else {
+        tables.note_stranger(lookup.fingerprint, now);
+        return Verdict::Pass;
+    };
     // Whose it is cannot be told from the reply; the node would refuse it, and the backend give up. The next packet of the client brings
     // the slot back.
     if tables.snat_ports().has(tuple.destination_port) && tables.source_index(tuple.destination.to_map()) != 0 {
@@ -842,6 +851,7 @@ pub fn lost_reply<A: Family, T: Tables>(
         tables.follow(twin, state, now);
         return Verdict::Translate;
     }
+    tables.note_stranger(lookup.fingerprint, now);
     Verdict::Pass
 }
 

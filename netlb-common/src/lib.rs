@@ -29,6 +29,7 @@ pub mod ping;
 pub mod select;
 pub mod snat;
 pub mod socket;
+pub mod stranger;
 pub mod stray;
 pub mod table;
 #[cfg(test)]

@@ -260,6 +260,12 @@ impl Tables for &Maps {
         self.turn.replace(self.turn.get() + 1)
     }
 
+    fn is_stranger(&self, _: Fingerprint, _: Ticks) -> bool {
+        false
+    }
+
+    fn note_stranger(&self, _: Fingerprint, _: Ticks) {}
+
     fn random(&self) -> u32 {
         if self.alternates { self.turn.replace(self.turn.get() + 1) as u32 % 2 * u32::MAX } else { self.random }
     }

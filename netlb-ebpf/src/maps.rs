@@ -26,6 +26,7 @@ use netlb_common::{
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
     socket,
+    stranger::Strangers,
     table::{Bucket, New, Overflow, Place, Record, Storage},
     time::Ticks,
 };
@@ -101,6 +102,7 @@ struct Scratch {
     /// What an ICMP message quotes, and zeros.
     quote: [u64; QUOTE / size_of::<u64>()],
     answers: Limit,
+    strangers: Strangers,
 }
 
 /// The longest quote.
@@ -684,6 +686,20 @@ impl Tables for Kernel {
     fn random(&self) -> u32 {
         // SAFETY: the helper takes nothing.
         unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn is_stranger(&self, fingerprint: Fingerprint, now: Ticks) -> bool {
+        // SAFETY: this CPU's element.
+        SCRATCH.get_ptr_mut(0).is_some_and(|scratch| unsafe { (*scratch).strangers.has(fingerprint, now) })
+    }
+
+    #[inline(always)]
+    fn note_stranger(&self, fingerprint: Fingerprint, now: Ticks) {
+        if let Some(scratch) = SCRATCH.get_ptr_mut(0) {
+            // SAFETY: this CPU's element.
+            unsafe { (*scratch).strangers.add(fingerprint, now) };
+        }
     }
 
     #[inline(always)]

@@ -454,6 +454,23 @@ fn a_connection_of_which_nothing_is_known_goes_to_the_backend_of_its_hash() -> T
 }
 
 #[test]
+fn a_backends_answers_past_its_service_pass_and_its_clients_are_served_after_that() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let (client, backend) = (case.client(40000), case.backend(3));
+        let answer = case.segment(backend, client, SYN_ACK).frame();
+        for _ in 0..3 {
+            let out = lab.from_backends(&answer);
+            assert_eq!((out.verdict, out.frame.as_slice()), (PASS, answer.as_slice()), "{case}");
+        }
+        assert_eq!(lab.connect(case, client, case.vip(80)), backend, "{case}");
+        assert_eq!(source(&lab.reply(case, client, backend, ACK).frame), case.vip(80), "{case}");
+    }
+    Ok(())
+}
+
+#[test]
 fn flushed_flows_are_gone_in_both_directions() -> TestResult {
     let mut lab = Lab::fast()?;
     for case in CASES {
