@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     fmt, fs,
+    net::IpAddr,
     path::Path,
     time::{Duration, Instant, SystemTime},
 };
@@ -82,6 +83,8 @@ struct Site {
     name: String,
     zone: Option<String>,
     node_port_addresses: NodePortAddresses,
+    /// Those that clients are to get.
+    sources: Vec<IpAddr>,
     serves_sockets: bool,
 }
 
@@ -92,6 +95,7 @@ impl Site {
             name: name.clone().unwrap_or_else(host_name),
             zone: zone.clone(),
             node_port_addresses: node_port_addresses.clone(),
+            sources: config.snat.addresses.clone(),
             serves_sockets: config.socket.scope != SocketScope::Off,
         }
     }
@@ -106,6 +110,16 @@ impl Site {
             serves_sockets: self.serves_sockets,
         }
     }
+}
+
+/// A warning for each source whose replies would not come back.
+fn foreign_sources(sources: &[IpAddr], addresses: &[IpAddr]) -> impl Iterator<Item = String> {
+    let foreign = sources.iter().filter(|source| !addresses.contains(source));
+    foreign.map(|source| {
+        format!(
+            "`[snat] addresses`: {source} is not an address of this node; replies to clients that get it go elsewhere"
+        )
+    })
 }
 
 fn host_name() -> String {
@@ -230,7 +244,7 @@ impl Datapath {
             entries,
             max_entries,
             bytes: match name {
-                // Both of its maps, by which it is counted as one.
+                // All of its maps, by which it is counted as one.
                 "flows" => bytes("FLOWS") + bytes("FLOW_RECORDS") + bytes("FLOW_OVERFLOWS"),
                 name => bytes(name),
             },
@@ -278,6 +292,7 @@ impl Dataplane for Datapath {
         warnings.extend(interfaces.warnings);
         warnings.extend(self.sockets.warnings());
         warnings.extend(self.reserved.problem().cloned());
+        warnings.extend(foreign_sources(&self.site.sources, &interfaces.facts.addresses));
         if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
             warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
             if self.programmer.serves_ipv6() {
@@ -316,4 +331,18 @@ fn forwarding_warning(sysctl: &str, family: &str) -> Option<String> {
     (value.trim() == "0").then(|| {
         format!("{sysctl} is 0: {family} packets reach backends on the same bridge only; run `sysctl -w {sysctl}=1`")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_that_are_not_the_nodes_are_named() {
+        let [own, other]: [IpAddr; 2] = [[192, 0, 2, 1].into(), [192, 0, 2, 2].into()];
+        let warnings = Vec::from_iter(foreign_sources(&[own, other], &[own]));
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("192.0.2.2 is not an address of this node"), "{warnings:?}");
+        assert_eq!(foreign_sources(&[], &[own]).count(), 0);
+    }
 }
