@@ -11,11 +11,12 @@ mod plan;
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, ProgramArray},
+    helpers::bpf_xdp_adjust_head,
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 
-use crate::plan::{Endpoint, HEADER_LEN, Plan};
+use crate::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Plan};
 
 /// One element: what the packets are.
 #[btf_map]
@@ -44,6 +45,12 @@ pub(crate) fn tc_next(_: TcContext) -> i32 {
 /// As [`tc_harness`].
 #[xdp]
 pub(crate) fn xdp_harness(ctx: XdpContext) -> u32 {
+    // What was wrapped is longer.
+    let more = (ctx.data_end() - ctx.data()) as i32 - FRAME_LEN as i32;
+    // SAFETY: the kernel's context.
+    if more > 0 && unsafe { bpf_xdp_adjust_head(ctx.ctx, more) } != 0 {
+        return xdp_action::XDP_ABORTED;
+    }
     if make_packet(ctx.data(), ctx.data_end()).is_some() {
         // SAFETY: as above.
         unsafe { XDP_TARGET.tail_call(&ctx, 0) };

@@ -6,6 +6,9 @@
 /// Bytes of a frame that are made anew for each packet: all headers, of IPv6 and TCP with options at the longest.
 pub(crate) const HEADER_LEN: usize = 88;
 
+/// Bytes of a frame.
+pub(crate) const FRAME_LEN: usize = 128;
+
 /// The packets of a run. Value of the `PLAN` map.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]

@@ -28,7 +28,7 @@ impl Scene {
     fn interfaces(self) -> [(u32, Interface); 2] {
         let role = |role| Interface { role, flags: Interface::XDP, pad: 0, master: 0 };
         let clients = if self == Self::Pods { role::POD } else { role::UPLINK };
-        let backends = if self == Self::Uplink { role::UPLINK } else { role::POD };
+        let backends = if matches!(self, Self::Uplink | Self::Wrapped) { role::UPLINK } else { role::POD };
         [(lab::CLIENTS, role(clients)), (lab::BACKENDS, role(backends))]
     }
 
@@ -136,6 +136,7 @@ impl Bed {
             match counter {
                 Counter::ToPeer | Counter::ToInterface | Counter::ToStack | Counter::SentByXdp => sent += count,
                 Counter::FlowsCreated | Counter::FlowsMasqueraded => made += count,
+                Counter::DsrWrapped => ensure!(self.scene == Scene::Wrapped, "packets were wrapped"),
                 _ if count > 0 => bail!("{} is {count} after {packets} packets", counter.name()),
                 _ => {}
             }

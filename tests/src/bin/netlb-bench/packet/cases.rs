@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use netlb::config::Limits;
-use netlb::model::{Algorithm, Backend, Frontend, Protocol, Service};
+use netlb::model::{Algorithm, Backend, Frontend, Mode, Protocol, Service};
 use netlb_integration::frames::{ACK, SYN, SYN_ACK, Segment};
 use netlb_integration::lab::{self, BACKENDS, CLIENTS, PASS, REDIRECT, XDP_PASS, XDP_REDIRECT, XDP_TX};
 use netlb_integration::topology::Family;
 
-use super::plan::{Endpoint, HEADER_LEN, Plan};
+use super::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Plan};
 
 const TCP: lab::Case = lab::Case { family: Family::V4, protocol: Protocol::Tcp };
 const TCP_V6: lab::Case = lab::Case { family: Family::V6, protocol: Protocol::Tcp };
@@ -44,6 +44,8 @@ pub(crate) enum Scene {
     Pods,
     /// Clients and backends are outside, behind one uplink: packets get another source as well, and leave by where they came in.
     Uplink,
+    /// The same, with packets wrapped instead, and replies elsewhere.
+    Wrapped,
     /// Pods talk to the world, and the world sees the node: packets leave by the uplink with another source.
     Masquerade,
 }
@@ -111,6 +113,11 @@ const fn snat(name: &'static str, flows_log2: u32) -> Case {
     Case { scene: Scene::Uplink, is_spread: true, size: MANY_BACKENDS, ..requests(name, flows_log2) }
 }
 
+/// The same, with direct server return.
+const fn dsr(name: &'static str, flows_log2: u32) -> Case {
+    Case { scene: Scene::Wrapped, ..snat(name, flows_log2) }
+}
+
 /// From pods to the world.
 const fn masquerade(name: &'static str, flows_log2: u32) -> Case {
     Case { scene: Scene::Masquerade, ..snat(name, flows_log2) }
@@ -161,6 +168,14 @@ pub(crate) const GROUPS: &[Group] = &[
         ],
     },
     Group {
+        what: "direct server return",
+        sets: &[
+            &[dsr("dsr_1", 0)],
+            &[dsr("dsr_64k", 16)],
+            &[Case { traffic: Traffic::New, ..dsr("dsr_new", NEW_FLOWS_LOG2) }],
+        ],
+    },
+    Group {
         what: "pods to the world",
         sets: &[
             &[masquerade("masquerade_64k", 16)],
@@ -174,6 +189,7 @@ pub(crate) const GROUPS: &[Group] = &[
         sets: &[
             &[Case { size: MILLION_FLOWS, ..requests("established_1m", 20) }],
             &[Case { size: MILLION_TO_MANY, quick: false, ..snat("snat_1m", 20) }],
+            &[Case { size: MILLION_TO_MANY, quick: false, ..dsr("dsr_1m", 20) }],
         ],
     },
     Group {
@@ -202,7 +218,6 @@ pub(crate) struct Packets {
     pub(crate) plan: Plan,
 }
 
-pub(crate) const FRAME_LEN: usize = 128;
 const _: () = assert!(HEADER_LEN <= FRAME_LEN);
 
 const CLIENT_PORTS_LOG2: u32 = 15;
@@ -237,11 +252,17 @@ impl Case {
 
     /// What comes before, of each flow in turn, and at which hook: what makes the flows, if they are to be there.
     pub(crate) fn openings(&self) -> Vec<(Hook, Packets)> {
-        let sent = if self.scene == Scene::Masquerade { Hook::Egress } else { Hook::Ingress };
+        let sent = match self.scene {
+            Scene::Pods | Scene::Uplink => Hook::Ingress,
+            // The harness has frames of one length at XDP only.
+            Scene::Wrapped => Hook::Xdp,
+            Scene::Masquerade => Hook::Egress,
+        };
         let request = |segment| (sent, self.requests(segment));
         let reply = |segment| (Hook::Ingress, self.replies(segment));
         match (self.traffic, self.packets.protocol) {
             (Traffic::New | Traffic::Foreign | Traffic::Strays, _) => Vec::new(),
+            _ if self.scene == Scene::Wrapped => vec![request(SYN), request(ACK)],
             (_, Protocol::Tcp) => vec![request(SYN), reply(SYN_ACK), request(ACK)],
             (_, Protocol::Udp) => vec![request(ACK), reply(ACK)],
         }
@@ -252,6 +273,7 @@ impl Case {
         match (self.scene, self.traffic) {
             (Scene::Uplink | Scene::Masquerade, Traffic::Foreign) => &[Hook::Xdp, Hook::Ingress, Hook::Egress],
             (Scene::Pods | Scene::Uplink, _) => &[Hook::Xdp, Hook::Ingress],
+            (Scene::Wrapped, _) => &[Hook::Xdp],
             (Scene::Masquerade, Traffic::Replies) => &[Hook::Ingress],
             (Scene::Masquerade, _) => &[Hook::Egress],
         }
@@ -261,7 +283,7 @@ impl Case {
     pub(crate) fn verdict(&self, hook: Hook) -> i32 {
         match (hook, self.traffic.is_foreign(), self.scene) {
             (Hook::Xdp, true, _) => XDP_PASS,
-            (Hook::Xdp, false, Scene::Uplink) => XDP_TX,
+            (Hook::Xdp, false, Scene::Uplink | Scene::Wrapped) => XDP_TX,
             (Hook::Xdp, false, _) => XDP_REDIRECT,
             (Hook::Ingress, true, _) | (Hook::Egress, ..) => PASS,
             (Hook::Ingress, false, _) => REDIRECT,
@@ -271,7 +293,7 @@ impl Case {
     fn requests(&self, segment: Segment) -> Packets {
         let (first, ports_log2) = match self.scene {
             Scene::Masquerade => (SocketAddr::new(WORLD, FIRST_BACKEND_PORT), BACKEND_PORTS_LOG2),
-            Scene::Pods | Scene::Uplink => (frontend(self.packets, 0), SERVICE_PORTS_LOG2),
+            Scene::Pods | Scene::Uplink | Scene::Wrapped => (frontend(self.packets, 0), SERVICE_PORTS_LOG2),
         };
         self.requests_to(first, ports_log2, segment)
     }
@@ -295,11 +317,11 @@ impl Case {
         // Whom the sender knows, which is the node where it is not the client.
         let (client, more_hosts) = match self.scene {
             Scene::Pods => (client, ALL_HOSTS),
-            Scene::Uplink | Scene::Masquerade => (SocketAddr::new(NODE, client.port()), 0),
+            Scene::Uplink | Scene::Wrapped | Scene::Masquerade => (SocketAddr::new(NODE, client.port()), 0),
         };
         let (sender, interface) = match self.scene {
             Scene::Pods => (backend(self.packets, self.scene, 0), BACKENDS),
-            Scene::Uplink => (backend(self.packets, self.scene, 0), CLIENTS),
+            Scene::Uplink | Scene::Wrapped => (backend(self.packets, self.scene, 0), CLIENTS),
             Scene::Masquerade => (SocketAddr::new(WORLD, FIRST_BACKEND_PORT), CLIENTS),
         };
         let (source_at, destination_at) = offsets(self.packets.family);
@@ -318,7 +340,7 @@ impl Case {
     fn clients(&self) -> (SocketAddr, u32) {
         let ip = match (self.scene, self.traffic) {
             (Scene::Pods, _) => self.packets.client(0).ip(),
-            (Scene::Uplink, _) => numbered(WORLD, 2),
+            (Scene::Uplink | Scene::Wrapped, _) => numbered(WORLD, 2),
             // A stranger: what it sends is not the node's to translate.
             (Scene::Masquerade, Traffic::Foreign) => WORLD,
             (Scene::Masquerade, _) => self.packets.host(2, 3),
@@ -328,7 +350,9 @@ impl Case {
             (Scene::Pods, _) | (_, Traffic::New | Traffic::Foreign) => {
                 (SocketAddr::new(ip, FIRST_CLIENT_PORT), CLIENT_PORTS_LOG2)
             }
-            (Scene::Uplink | Scene::Masquerade, _) => (SocketAddr::new(ip, FIRST_KEPT_PORT), KEPT_PORTS_LOG2),
+            (Scene::Uplink | Scene::Wrapped | Scene::Masquerade, _) => {
+                (SocketAddr::new(ip, FIRST_KEPT_PORT), KEPT_PORTS_LOG2)
+            }
         }
     }
 
@@ -366,7 +390,11 @@ impl Packets {
 fn service(packets: lab::Case, scene: Scene, number: u32) -> Service {
     let frontend = Frontend { address: frontend(packets, number), protocol: packets.protocol };
     let backend = Backend::new(backend(packets, scene, number));
-    Service::new(None, vec![frontend], vec![backend], Algorithm::Maglev).expect("a service")
+    let service = Service::new(None, vec![frontend], vec![backend], Algorithm::Maglev).expect("a service");
+    if scene != Scene::Wrapped {
+        return service;
+    }
+    service.redefine(|service| service.mode = Mode::Dsr).expect("a service")
 }
 
 /// The services of a bed.
@@ -380,7 +408,7 @@ fn frontend(packets: lab::Case, number: u32) -> SocketAddr {
 }
 
 fn backend(packets: lab::Case, scene: Scene, number: u32) -> SocketAddr {
-    let network = if scene == Scene::Uplink { 1 } else { 2 };
+    let network = if matches!(scene, Scene::Uplink | Scene::Wrapped) { 1 } else { 2 };
     nth(SocketAddr::new(packets.host(network, 1), FIRST_BACKEND_PORT), BACKEND_PORTS_LOG2, number)
 }
 
@@ -469,7 +497,7 @@ mod tests {
 
     #[test]
     fn replies_are_those_to_the_requests() {
-        for case in cases().filter(|case| !case.traffic.is_foreign()) {
+        for case in cases().filter(|case| !case.traffic.is_foreign() && case.scene != Scene::Wrapped) {
             let (mut requests, mut replies) = (case.requests(ACK), case.replies(ACK));
             let services = services_of(case.scene, case.size);
             let services = services.iter().map(|one| (one.frontends()[0].address, one.backends()[0].address));
