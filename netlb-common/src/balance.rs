@@ -298,8 +298,8 @@ pub enum Known {
 /// Looks a packet up in the flow table: all that most packets of services need.
 ///
 /// `can_leave_by` is asked whether this hook can send by the way that the flow is known to take. `translation` is filled in for
-/// [`Known::Translate`], [`Known::Tend`] and [`Known::Wrap`]. It is not part of the result, because the compiler would leave it undefined in the
-/// others, and the verifier accepts no undefined value even where nobody looks at it.
+/// [`Known::Translate`], [`Known::Tend`] and [`Known::Wrap`]. It is not part of the result, because the compiler would leave it undefined
+/// in the others, and the verifier accepts no undefined value even where nobody looks at it.
 #[inline(always)]
 pub fn known<A: Family, T: Tables>(
     tables: T,

@@ -171,8 +171,8 @@ impl Data {
         if has_snat { Self(self.0 | Self::SNAT) } else { self }
     }
 
-    /// Whether the flow's packets are wrapped for their backend instead of being translated. Such flows have an address of the node as well, as
-    /// those with SNAT do, and no other direction.
+    /// Whether the flow's packets are wrapped for their backend instead of being translated. Such flows have an address of the node as well,
+    /// as those with SNAT do, and no other direction.
     #[inline(always)]
     #[must_use]
     pub const fn is_wrapped(self) -> bool {
@@ -643,7 +643,8 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
 
 /// What a bucket has for a new flow, as one word: what a subprogram returns.
 ///
-/// Slot of interest 2 bits, kind 3, whether to look further 1, and from bit 8 how good it is: the free slots, or the rank of the one to be evicted.
+/// Slot of interest 2 bits, kind 3, whether to look further 1, and from bit 8 how good it is: the free slots, or the rank of the one to be
+/// evicted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
 pub struct Scan(pub u64);
