@@ -156,7 +156,10 @@ web  10.96.0.1:80/tcp  maglev  snat auto  owner api  0 flows of 0  in 0 packets 
     let listed = ok(&daemon, "svc list -o wide");
     let ways = "10.96.0.1:80/tcp,192.0.2.1:80/tcp,192.0.2.2:8080/tcp,203.0.113.1:80/tcp,:30080/tcp,:30081/udp,\
                 192.0.2.3:8080:80/tcp,8081:80/udp";
-    assert!(listed.contains(&format!("web   {ways}  maglev     auto  client-ip:60  local     local")), "{listed}");
+    assert!(
+        listed.contains(&format!("web   {ways}  maglev     auto  nat   client-ip:60  local     local")),
+        "{listed}"
+    );
     let all = "svc set web --external-ip none --lb-ip none --source-range none --node-port none -p none --affinity none \
                --external-traffic-policy cluster --internal-traffic-policy cluster --backend none";
     assert_eq!(ok(&daemon, all), "service web changed\n");
