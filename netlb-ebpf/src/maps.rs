@@ -163,12 +163,13 @@ pub(crate) use lru::insert;
 #[cfg(feature = "lru")]
 mod lru {
     use aya_ebpf::{btf_maps::LruHashMap, macros::btf_map};
+    pub(super) use netlb_common::table::Found;
     use netlb_common::{
         atomic::Word,
+        flow::Fingerprint,
         table::{Data, Inserted, New, Place, Slot, is_live},
         time::Ticks,
     };
-    pub(super) use netlb_common::{flow::Fingerprint, table::Found};
 
     use super::Kernel;
 
@@ -550,7 +551,7 @@ impl Storage for Kernel {
 
     #[cfg(feature = "lru")]
     #[inline(always)]
-    fn find(&self, fingerprint: lru::Fingerprint, now: Ticks) -> Option<lru::Found<'_>> {
+    fn find(&self, fingerprint: Fingerprint, now: Ticks) -> Option<lru::Found<'_>> {
         lru::find(fingerprint, now)
     }
 
