@@ -10,7 +10,7 @@ use crate::wire::tcp;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Direction {
     /// From the client to the service.
-    Forward,
+    Forward = 0,
     /// From the backend to the client.
     Reply,
 }

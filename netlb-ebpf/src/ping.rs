@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use netlb_common::{
-    balance::{self, Known, Lookup, Scope, Tables as _, Translation, Verdict},
+    balance::{self, Known, Lookup, Scope, Tables as _, Verdict},
     checksum::Delta,
     conntrack::Direction,
     counters::Counter,
@@ -64,7 +64,8 @@ pub(crate) fn read<A: Packet>(frame: &Skb, work: &mut Work<A>, scope: Scope) -> 
     let work = unsafe { &mut *maps::forget(work) };
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
-    work.translation = Translation::none();
+    // SAFETY: as `Translation::none` says it.
+    unsafe { maps::clear(&raw mut work.translation) };
     match balance::known(Kernel, &work.packet, &work.lookup, |_| true, &mut work.translation) {
         // The kernel says "time exceeded".
         Known::Translate | Known::Tend if is_reply && work.packet.ttl <= 1 => {

@@ -78,7 +78,8 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     }
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
-    work.translation = Translation::none();
+    // SAFETY: as `Translation::none` says it.
+    unsafe { maps::clear(&raw mut work.translation) };
     if work.packet.part != Part::Whole {
         match frame.join(work) {
             Verdict::Translate => {}
