@@ -385,6 +385,22 @@ impl Lab {
     }
 }
 
+/// Gives the node addresses on both ways: host 100 of the clients' network and of the backends'.
+pub fn add_node_addresses() -> Result<()> {
+    for case in [CASES[0], CASES[2]] {
+        for (network, device) in [(1, "clients"), (2, "backends")] {
+            let address = case.host(network, 100);
+            let len = if address.is_ipv4() { 24 } else { 64 };
+            let mut line = format!("address add {address}/{len} dev {device}");
+            if address.is_ipv6() {
+                line += " nodad";
+            }
+            Cmd::new("ip").args(line.split(' ')).run()?.success()?;
+        }
+    }
+    Ok(())
+}
+
 /// Moves the calling thread into a network namespace that ends with it, and makes the two ways there.
 pub fn make_network() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).context("failed to make a network namespace; tests run as root")?;

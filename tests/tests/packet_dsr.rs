@@ -9,10 +9,9 @@ use netlb::resolve::Node;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
 use netlb_common::network::{Network, Networks};
-use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, ETHERNET, FIN, Packet, RST, SYN, SYN_ACK, fragments, patch, wrapped};
 use netlb_integration::lab::{
-    BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT,
+    self, BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT,
     XDP_PASS, XDP_REDIRECT, addr, destination, mac, source,
 };
 use netlb_integration::testing::TestResult;
@@ -27,17 +26,7 @@ fn dsr(case: Case, backends: &[u8]) -> Service {
 
 /// A node with addresses on both ways, of which both are uplinks.
 fn balancer(mut lab: Lab) -> anyhow::Result<Lab> {
-    for case in [CASES[0], CASES[2]] {
-        for (network, device) in [(1, "clients"), (2, "backends")] {
-            let address = case.host(network, 100);
-            let len = if address.is_ipv4() { 24 } else { 64 };
-            let mut line = format!("address add {address}/{len} dev {device}");
-            if address.is_ipv6() {
-                line += " nodad";
-            }
-            Cmd::new("ip").args(line.split(' ')).run()?.success()?;
-        }
-    }
+    lab::add_node_addresses()?;
     for index in [CLIENTS, BACKENDS] {
         lab.harness.set_interface(index, Interface { flags: Interface::XDP, ..UPLINK })?;
     }

@@ -9,11 +9,10 @@ use netlb::model::SnatMode;
 use netlb_common::conntrack::Direction;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
-use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, SYN_ACK};
 use netlb_integration::lab::{
-    BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, REDIRECT, XDP_REDIRECT,
-    destination, mac, source,
+    self, BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, REDIRECT,
+    XDP_REDIRECT, destination, mac, source,
 };
 use netlb_integration::testing::TestResult;
 
@@ -23,17 +22,7 @@ const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
 
 /// A node with addresses on both ways, of which both are uplinks.
 fn gateway(lab: &mut Lab) -> anyhow::Result<()> {
-    for case in [CASES[0], CASES[2]] {
-        for (network, device) in [(1, "clients"), (2, "backends")] {
-            let address = case.host(network, 100);
-            let len = if address.is_ipv4() { 24 } else { 64 };
-            let mut line = format!("address add {address}/{len} dev {device}");
-            if address.is_ipv6() {
-                line += " nodad";
-            }
-            Cmd::new("ip").args(line.split(' ')).run()?.success()?;
-        }
-    }
+    lab::add_node_addresses()?;
     for index in [CLIENTS, BACKENDS] {
         lab.harness.set_interface(index, UPLINK)?;
     }
