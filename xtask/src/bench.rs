@@ -24,6 +24,9 @@ pub(crate) struct Bench {
     /// Measure this part only
     #[arg(long, value_name = "PART", value_parser = ["packet", "path", "control"])]
     only: Option<String>,
+    /// Of the programs' cases, measure those with this in their name
+    #[arg(long, value_name = "NAME")]
+    case: Option<String>,
     /// Write the figures into this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -53,6 +56,7 @@ impl Bench {
         }
         for (option, value) in [
             ("--only", self.only.map(OsString::from)),
+            ("--case", self.case.map(OsString::from)),
             ("--json", self.json.map(OsString::from)),
             ("--markdown", self.markdown.map(OsString::from)),
             ("--from", self.from.map(OsString::from)),

@@ -35,6 +35,9 @@ struct Args {
     /// Measure this part only
     #[arg(long, value_name = "PART")]
     only: Option<Part>,
+    /// Of the programs' cases, measure those with this in their name
+    #[arg(long, value_name = "NAME")]
+    case: Option<String>,
     /// Write the figures into this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -79,6 +82,8 @@ pub(crate) enum Scale {
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) scale: Scale,
+    /// What the names of the cases of the packet part have in them.
+    pub(crate) case: Option<String>,
     /// The object with the harness programs of the packet part.
     pub(crate) harness: PathBuf,
     /// The object of netlb with an LRU hash for a flow table.
@@ -159,7 +164,7 @@ fn main() -> Result<()> {
             (false, true) => Scale::Quick,
             (false, false) => Scale::Full,
         };
-        let options = Options { scale, harness: args.harness, lru: args.lru };
+        let options = Options { scale, case: args.case, harness: args.harness, lru: args.lru };
         for part in &parts {
             let begin = Instant::now();
             part.run(&options, &mut report)?;

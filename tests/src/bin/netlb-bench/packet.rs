@@ -15,7 +15,7 @@ mod plan;
 
 use std::thread;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use netlb_integration::exec::Cmd;
 use netlb_integration::lab;
 
@@ -24,7 +24,6 @@ use crate::{Options, Scale, progress};
 
 pub(crate) use goals::goals;
 
-#[cfg(test)]
 pub(crate) fn case_names() -> impl Iterator<Item = &'static str> {
     cases::GROUPS.iter().flat_map(|group| group.sets).flat_map(|set| *set).map(|case| case.name)
 }
@@ -54,12 +53,17 @@ fn measure_all(options: &Options) -> Result<Vec<PacketRow>> {
         Scale::Quick => measure::QUICK,
         Scale::Full => measure::FULL,
     };
+    let is_wanted = |case: &cases::Case| options.case.as_ref().is_none_or(|name| case.name.contains(name.as_str()));
     let mut rows = Vec::new();
     for group in cases::GROUPS {
         progress(format_args!("packets: {}", group.what));
         rows.extend(
-            measure::group(&mut harness, &lru, group, effort).with_context(|| format!("packets: {}", group.what))?,
+            measure::group(&mut harness, &lru, group, is_wanted, effort)
+                .with_context(|| format!("packets: {}", group.what))?,
         );
+    }
+    if let Some(name) = options.case.as_ref().filter(|_| rows.is_empty()) {
+        bail!("no case that is measured has {name:?} in its name; there are {}", Vec::from_iter(case_names()).join(", "));
     }
     Ok(rows)
 }

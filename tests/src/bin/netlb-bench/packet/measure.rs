@@ -35,9 +35,16 @@ const WARM_UP: u32 = 8;
 /// Measures a group's cases.
 ///
 /// `lru` is the object with the kernel's LRU hash for a flow table: measured where there is one service only.
-pub(crate) fn group(harness: &mut Harness, lru: &[u8], group: &Group, effort: Effort) -> Result<Vec<PacketRow>> {
+pub(crate) fn group(
+    harness: &mut Harness,
+    lru: &[u8],
+    group: &Group,
+    is_wanted: impl Fn(&Case) -> bool,
+    effort: Effort,
+) -> Result<Vec<PacketRow>> {
     let mut beds: Vec<Bed> = Vec::new();
-    let sets = Vec::from_iter(group.sets.iter().copied().filter(|set| set.iter().all(|case| effort.has(case))));
+    let is_measured = |set: &&[Case]| set.iter().all(|case| effort.has(case)) && set.iter().any(&is_wanted);
+    let sets = Vec::from_iter(group.sets.iter().copied().filter(is_measured));
     for case in sets.iter().copied().flatten() {
         if !beds.iter().any(|bed| bed.is_for(case)) {
             beds.push(Bed::new(case.scene, case.size)?);
