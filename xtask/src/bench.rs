@@ -24,7 +24,7 @@ pub(crate) struct Bench {
     /// Measure this part only
     #[arg(long, value_name = "PART", value_parser = ["packet", "path", "control"])]
     only: Option<String>,
-    /// Of the programs' cases, measure those with this in their name
+    /// Of the programs' cases, measure the one with this name, or else those with this in their name
     #[arg(long, value_name = "NAME")]
     case: Option<String>,
     /// Write the figures into this file

@@ -35,7 +35,7 @@ struct Args {
     /// Measure this part only
     #[arg(long, value_name = "PART")]
     only: Option<Part>,
-    /// Of the programs' cases, measure those with this in their name
+    /// Of the programs' cases, measure the one with this name, or else those with this in their name
     #[arg(long, value_name = "NAME")]
     case: Option<String>,
     /// Write the figures into this file

@@ -53,7 +53,12 @@ fn measure_all(options: &Options) -> Result<Vec<PacketRow>> {
         Scale::Quick => measure::QUICK,
         Scale::Full => measure::FULL,
     };
-    let is_wanted = |case: &cases::Case| options.case.as_ref().is_none_or(|name| case.name.contains(name.as_str()));
+    let has_case = |name: &String| case_names().any(|case| case == name);
+    let is_wanted = |case: &cases::Case| match &options.case {
+        None => true,
+        Some(name) if has_case(name) => case.name == name,
+        Some(name) => case.name.contains(name.as_str()),
+    };
     let mut rows = Vec::new();
     for group in cases::GROUPS {
         progress(format_args!("packets: {}", group.what));
