@@ -424,7 +424,7 @@ pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup
     };
     let flow = Flow { twin: fingerprint, ..flow };
     let data = Data::new(direction, data.state(), id).with_snat(data.has_snat());
-    if tables.insert(New { fingerprint: twin, data, flow, now }).is_new() {
+    if tables.insert(New { fingerprint: twin, data, flow, now, defers: false }).is_new() {
         tables.count(Counter::FlowsRepaired);
     }
 }
@@ -487,6 +487,11 @@ pub fn place<A: Family, T: Tables>(
 pub trait Reach<A> {
     /// The source that a packet's flow is to have at a backend, by [`needs_snat`] and [`reserve`].
     fn source(&self, packet: &Parsed<A>, lookup: &Lookup, backend: u32, flags: u32) -> Snat;
+
+    /// The index in `HOPS` of the way to an address, where that is known already; else 0.
+    fn hop(&self, _: A, _: Ticks) -> u16 {
+        0
+    }
 }
 
 /// Whether a flow must have an address of the node as its source, for its replies to come back here or because its service wants it so.
@@ -580,6 +585,7 @@ fn offer<A: Family, T: Tables>(
     translation: &mut Translation<A>,
 ) -> Offer {
     *translation = Translation::to_backend(backend, true);
+    translation.hop = reach.hop(translation.address, lookup.now);
     let snat = reach.source(packet, lookup, id, config.flags | flags);
     if snat == Snat::NO_ADDRESS {
         return Offer::NotHere;
@@ -624,21 +630,23 @@ fn insert<A: Family, T: Tables>(
         frontend: frontend(),
         backend: id,
     };
+    // What is given an address of the node has it in the record.
+    let defers = snat == Snat::NONE;
     let mut state = State::first(packet.segment);
     let reply = Data::new(Direction::Reply, state, frontend()).with_snat(translation.has_snat);
     // The reply's slot first: it is also the claim on the client's port at this backend.
-    let new = || New { fingerprint: twin, data: reply, flow: flow(lookup.fingerprint), now };
+    let new = || New { fingerprint: twin, data: reply, flow: flow(lookup.fingerprint), now, defers };
     let mut inserted = tables.insert(new());
     if inserted.is_existing() && inserted.data().state().is_finished() && packet.segment.is_syn() {
         // Whatever this was, it is over, and the client begins anew.
         tables.remove(twin, now);
         inserted = tables.insert(new());
     }
-    let is_mine = inserted.is_new();
+    let (mut is_mine, mine) = (inserted.is_new(), inserted.place());
     if inserted == Inserted::FULL {
         tables.count(Counter::FlowTableFull);
         return Offer::Full;
-    } else if inserted == Inserted::EVICTING {
+    } else if inserted.is_evicting() {
         tables.count(Counter::FlowsEvicted);
     } else if inserted.is_existing() {
         let data = inserted.data();
@@ -653,8 +661,9 @@ fn insert<A: Family, T: Tables>(
         state = data.state().next(Direction::Forward, packet.segment);
         tables.follow(twin, state, now);
     }
-    let forward = Data::new(Direction::Forward, state, id).with_snat(translation.has_snat);
-    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data: forward, flow: flow(twin), now });
+    let forward = Data::new(Direction::Forward, state, id).with_snat(translation.has_snat).with_hop(translation.hop);
+    let new = New { fingerprint: lookup.fingerprint, data: forward, flow: flow(twin), now, defers };
+    let inserted = tables.insert(new);
     if inserted == Inserted::FULL {
         if is_mine {
             tables.remove(twin, now);
@@ -662,7 +671,7 @@ fn insert<A: Family, T: Tables>(
         tables.count(Counter::FlowTableFull);
         return Offer::Full;
     }
-    if inserted == Inserted::EVICTING {
+    if inserted.is_evicting() {
         tables.count(Counter::FlowsEvicted);
     }
     if !inserted.is_new() {
@@ -672,6 +681,7 @@ fn insert<A: Family, T: Tables>(
         if theirs != id {
             if is_mine {
                 tables.remove(twin, now);
+                is_mine = false;
             }
             let Some(backend) = tables.backend(theirs).filter(|_| theirs != 0) else { return Offer::Full };
             *translation = Translation::to_backend(backend, false);
@@ -691,6 +701,14 @@ fn insert<A: Family, T: Tables>(
         }
     } else {
         tables.count(Counter::FlowsRepaired);
+    }
+    if defers {
+        if is_mine {
+            tables.record_at(mine, twin, &flow(lookup.fingerprint));
+        }
+        if inserted.is_new() {
+            tables.record_at(inserted.place(), lookup.fingerprint, &flow(twin));
+        }
     }
     Offer::Taken
 }
@@ -716,12 +734,13 @@ fn insert_wrapped<A: Family, T: Tables>(
         backend: id,
     };
     let data = Data::new(Direction::Forward, State::first(packet.segment), id).wrapped();
-    let inserted = tables.insert(New { fingerprint: lookup.fingerprint, data, flow, now: lookup.now });
+    let new = New { fingerprint: lookup.fingerprint, data, flow, now: lookup.now, defers: false };
+    let inserted = tables.insert(new);
     if inserted == Inserted::FULL {
         tables.count(Counter::FlowTableFull);
         return Offer::Full;
     }
-    if inserted == Inserted::EVICTING {
+    if inserted.is_evicting() {
         tables.count(Counter::FlowsEvicted);
     }
     if inserted.is_new() {
@@ -845,7 +864,7 @@ pub fn lost_reply<A: Family, T: Tables>(
             backend: data.id(),
         };
         let reply = Data::new(Direction::Reply, state, id);
-        if tables.insert(New { fingerprint: lookup.fingerprint, data: reply, flow, now }).is_new() {
+        if tables.insert(New { fingerprint: lookup.fingerprint, data: reply, flow, now, defers: false }).is_new() {
             tables.count(Counter::FlowsRepaired);
         }
         tables.follow(twin, state, now);

@@ -3,8 +3,16 @@
 //! A flow's slot holds the index of its way for a unit of its time at most; then routing is asked again, which keeps the way. So a way
 //! that nobody kept for [`KEPT`] ticks is held by no flow, and another may take its place. User space [forgets](forget) all of them when
 //! routes or neighbours change.
+//!
+//! Of addresses that routing finds by destination alone, [leads](Lead) tell the way for flows that have none: those that begin, and those
+//! whose way is to be found out again.
 
-use crate::{atomic::Word, time::Ticks};
+use crate::{
+    addr::{Addr, Address},
+    atomic::Word,
+    flow::HashKey,
+    time::Ticks,
+};
 
 /// Elements of `HOPS`. Index 0 is none.
 pub const COUNT: u32 = 1 << 14;
@@ -45,6 +53,8 @@ impl Way {
     pub const BRIDGED: u8 = 2;
     /// XDP can send there.
     pub const XDP: u8 = 4;
+    /// Whatever comes in where this was found out goes this way to the same address.
+    pub const DIRECT: u8 = 8;
 
     /// No way.
     pub const NONE: Self = Self { interface: 0, mtu: 0, flags: 0, addresses: [0; 3] };
@@ -124,11 +134,72 @@ pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) ->
     0
 }
 
+/// Elements of `LEADS`.
+pub const LEADS: u32 = 1 << 12;
+
+/// Element of `LEADS`: by which way packets for an address left that came in by an interface, a moment ago.
+///
+/// ```text
+/// from bit 0:   time 12 | index in HOPS 14 | the upper 38 bits of the hash of both
+/// ```
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct Lead(Word);
+
+const _: () = assert!(COUNT == 1 << Lead::HOP_BITS && LEADS == 1 << Lead::TIME_BITS);
+
+impl Lead {
+    const TIME_BITS: u32 = 12;
+    const HOP_BITS: u32 = 14;
+    const TAG_SHIFT: u32 = Self::TIME_BITS + Self::HOP_BITS;
+    const TIME: u32 = (1 << Self::TIME_BITS) - 1;
+    /// Ticks after which routing is asked again.
+    const FRESH: u32 = 1;
+
+    /// A keyed hash: nobody can choose addresses that are taken for others. The element is at its lower bits.
+    #[inline(always)]
+    #[must_use]
+    pub fn hash<A: Address>(key: &HashKey, address: A, interface: u32) -> u64 {
+        let Addr([a, b]) = address.to_map();
+        let mut hash = (key.seeds[0] ^ a ^ interface as u64).wrapping_mul(key.multipliers[0]);
+        hash ^= hash >> 32;
+        hash = (hash ^ b).wrapping_mul(key.multipliers[1]);
+        hash ^= hash >> 29;
+        hash = hash.wrapping_mul(key.multipliers[0]);
+        hash ^ hash >> 32
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn index(hash: u64) -> u32 {
+        hash as u32 % LEADS
+    }
+
+    /// The index of the way, or 0.
+    #[inline(always)]
+    pub fn hop(&self, hash: u64, now: Ticks) -> u16 {
+        let word = self.0.load();
+        let age = now.0.wrapping_sub(word as u32) & Self::TIME;
+        if (word ^ hash) >> Self::TAG_SHIFT == 0 && age <= Self::FRESH {
+            (word >> Self::TIME_BITS) as u16 & ((1 << Self::HOP_BITS) - 1)
+        } else {
+            0
+        }
+    }
+
+    #[inline(always)]
+    pub fn set(&self, hash: u64, hop: u16, now: Ticks) {
+        let tag = hash >> Self::TAG_SHIFT << Self::TAG_SHIFT;
+        self.0.store(tag | (hop as u64) << Self::TIME_BITS | (now.0 & Self::TIME) as u64);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::vec::Vec;
 
     use super::*;
+    use crate::addr::Ipv4Be;
 
     fn hops() -> Vec<Hop> {
         let word = || Word::new(0);
@@ -174,5 +245,21 @@ mod tests {
         assert_eq!(hops[usize::from(index)].way(), None);
         assert_eq!(keep(&way(3), 6), index);
         assert_eq!(hops[usize::from(index)].way(), Some(way(3)));
+    }
+
+    #[test]
+    fn a_lead_is_for_one_address_and_interface_and_a_moment() {
+        let key = HashKey::new([1, 2, 0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9]);
+        let hash = |last, interface| Lead::hash(&key, Ipv4Be(u32::from_ne_bytes([10, 244, 1, last])), interface);
+        let lead = Lead(Word::new(0));
+        assert_eq!(lead.hop(hash(1, 7), Ticks(100)), 0);
+        lead.set(hash(1, 7), 16_383, Ticks(4095));
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4095)), 16_383);
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4096)), 16_383, "a tick later");
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4097)), 0, "two ticks later");
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4094)), 0, "by a clock that is behind");
+        for other in [hash(2, 7), hash(1, 8)] {
+            assert_eq!(lead.hop(other, Ticks(4095)), 0);
+        }
     }
 }

@@ -39,4 +39,4 @@ pub mod tunnel;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;

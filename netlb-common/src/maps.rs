@@ -10,7 +10,7 @@ use crate::{
     flow::HashKey,
     network::Networks,
     snat::{Pool, Ports},
-    time::Ticks,
+    time::{Jiffies, Ticks},
 };
 
 /// Key of `SERVICES` and of `OWNERS`: an address, a port and a protocol.
@@ -332,6 +332,8 @@ impl Interface {
     pub const PEER: u8 = 1;
     /// The XDP program is attached in the driver, so that frames can be sent there from XDP.
     pub const XDP: u8 = 2;
+    /// What is behind it routing finds by its destination alone.
+    pub const DIRECT: u8 = 4;
 }
 
 /// What an interface is to netlb.
@@ -396,6 +398,7 @@ pub struct Meta {
 #[repr(C)]
 pub struct Settings {
     pub hash_key: HashKey,
+    pub jiffies: Jiffies,
     /// Buckets of the flow table, less one.
     pub flow_mask: u32,
     pub filter_bits_log2: u32,
@@ -467,7 +470,7 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 120 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
+    assert!(size_of::<Settings>() == 136 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<NodePortKey>() == 4);

@@ -4,10 +4,13 @@
 //! packet needs stands in the slot itself; a record beside each slot, which packets of the established path do not touch, holds the whole
 //! 5-tuple.
 //!
-//! **Writing a slot.** Compare-and-swap its data to CLAIMING, write the record, swap the fingerprint, swap the data in. A reader uses data
-//! only if it is not CLAIMING and its tag is the fingerprint's. Everybody else changes data by compare-and-swap of the whole word and does
-//! nothing on failure. A writer that publishes looks at the buckets once more: of two slots with one fingerprint the lower place stays, and
-//! whoever sees both frees the other. So two CPUs that create one flow end with one.
+//! **Writing a slot.** Compare-and-swap its data to CLAIMING, store the fingerprint, swap the data in. A reader uses data only if it is not
+//! CLAIMING and its tag is the fingerprint's. Everybody else changes data by compare-and-swap of the whole word and does nothing on failure.
+//! A writer that publishes looks at the buckets once more: of two slots with one fingerprint the lower place stays, and whoever sees both
+//! frees the other. So two CPUs that create one flow end with one.
+//!
+//! **Writing a record.** By plain stores, after the slot where nothing hangs on it: a record is a miss of the cache, and a compare-and-swap
+//! after it would wait for that. So a reader may find another flow's record, or parts of two; the first word is a sum that tells.
 //!
 //! **Time.** A slot older than its state's timeout is free, for look-ups as for inserts. The field holds [`Ticks`], or four of them as a
 //! unit while the flow is established, and wraps; timeouts are at most a quarter of the wrap.
@@ -194,7 +197,7 @@ impl Data {
 
     #[inline(always)]
     #[must_use]
-    const fn with_hop(self, hop: u16) -> Self {
+    pub const fn with_hop(self, hop: u16) -> Self {
         Self(self.0 & !Self::HOP | (hop as u64) << Self::HOP_SHIFT)
     }
 
@@ -291,11 +294,12 @@ impl Fingerprint {
     }
 }
 
-/// What stands beside a slot: everything of its flow. Belongs to the slot only while its fingerprint is the slot's.
+/// What stands beside a slot: everything of its flow. Belongs to the slot only while its sum says so.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Record {
-    fingerprint: Word,
+    /// The slot's fingerprint, and all of the rest.
+    sum: Word,
     twin: Word,
     client: [Word; 2],
     /// Client port 16, protocol 8, source 32 from bit 24.
@@ -326,30 +330,45 @@ impl Record {
         const fn word() -> Word {
             Word::new(0)
         }
-        Self { fingerprint: word(), twin: word(), client: [word(), word()], client_end: word(), ids: word() }
+        Self { sum: word(), twin: word(), client: [word(), word()], client_end: word(), ids: word() }
+    }
+
+    /// Of parts of two records it is neither's: each word is weighed by an odd number of its own.
+    #[inline(always)]
+    const fn sum(fingerprint: Fingerprint, [twin, a, b, end, ids]: [u64; 5]) -> u64 {
+        fingerprint.0
+            ^ twin
+            ^ a.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ b.wrapping_mul(0xbf58_476d_1ce4_e5b9)
+            ^ end.wrapping_mul(0x94d0_49bb_1331_11eb)
+            ^ ids.wrapping_mul(0xff51_afd7_ed55_8ccd)
     }
 
     #[inline(always)]
-    fn write(&self, fingerprint: Fingerprint, flow: &Flow) {
-        self.fingerprint.store(fingerprint.0);
-        self.twin.store(flow.twin.0);
-        self.client[0].store(flow.client.0[0]);
-        self.client[1].store(flow.client.0[1]);
+    pub fn write(&self, fingerprint: Fingerprint, flow: &Flow) {
         let snat = (flow.snat.0 as u64) << 24;
-        self.client_end.store(flow.client_port.0 as u64 | (flow.protocol as u64) << 16 | snat);
-        self.ids.store(flow.frontend as u64 | (flow.backend as u64) << 32);
+        let end = flow.client_port.0 as u64 | (flow.protocol as u64) << 16 | snat;
+        let ids = flow.frontend as u64 | (flow.backend as u64) << 32;
+        let [a, b] = flow.client.0;
+        self.sum.store(Self::sum(fingerprint, [flow.twin.0, a, b, end, ids]));
+        self.twin.store(flow.twin.0);
+        self.client[0].store(a);
+        self.client[1].store(b);
+        self.client_end.store(end);
+        self.ids.store(ids);
     }
 
     /// The flow of the slot beside which this stands, if it is still the slot's.
     #[inline(always)]
     pub fn read(&self, fingerprint: Fingerprint) -> Option<Flow> {
-        if self.fingerprint.load() != fingerprint.0 {
+        let (twin, a, b) = (self.twin.load(), self.client[0].load(), self.client[1].load());
+        let (end, ids) = (self.client_end.load(), self.ids.load());
+        if self.sum.load() != Self::sum(fingerprint, [twin, a, b, end, ids]) {
             return None;
         }
-        let (end, ids) = (self.client_end.load(), self.ids.load());
         Some(Flow {
-            twin: Fingerprint(self.twin.load()),
-            client: Addr([self.client[0].load(), self.client[1].load()]),
+            twin: Fingerprint(twin),
+            client: Addr([a, b]),
             client_port: PortBe(end as u16),
             protocol: (end >> 16) as u8,
             snat: Snat((end >> 24) as u32),
@@ -383,8 +402,8 @@ pub trait Storage {
 pub trait Operations: Storage + Copy {
     /// Looks at one bucket for an insert.
     #[inline(always)]
-    fn scan(self, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
-        scan(&self, index, fingerprint, twin, now)
+    fn scan(self, index: u32, new: &New) -> Scan {
+        scan(&self, index, new)
     }
 
     /// Gives a direction of a flow a slot.
@@ -393,16 +412,24 @@ pub trait Operations: Storage + Copy {
         insert(self, &new)
     }
 
+    /// Writes the record of a slot that an insert with [`New::defers`] gave a direction of a flow.
+    #[inline(always)]
+    fn record_at(self, place: Place, fingerprint: Fingerprint, flow: &Flow) {
+        if let Some(record) = self.record(place) {
+            record.write(fingerprint, flow);
+        }
+    }
+
     /// Counts that a slot has a flow instead of the one it had, for the buckets where either would rather stand.
     #[inline(always)]
-    fn recount(self, place: Place, old: Data, fingerprint: Fingerprint) {
-        recount(&self, place, old, fingerprint);
+    fn recount(self, place: Place, old: Data, new: &New) {
+        recount(&self, place, old, new);
     }
 
     /// Sees to it that a flow just published has one slot: returns the data of the other's, where that one stays, or [`Data::NONE`].
     #[inline(always)]
-    fn settle(self, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
-        settle(&self, fingerprint, mine, my_data, now)
+    fn settle(self, new: &New, mine: Place) -> Data {
+        settle(&self, new, mine)
     }
 
     /// The data of a direction of a flow, or [`Data::NONE`].
@@ -520,13 +547,13 @@ fn overflows<S: Storage + ?Sized>(storage: &S, index: u32) -> bool {
 
 /// Counts that a slot has a flow instead of the one it had, for the buckets where either would rather stand.
 #[inline(always)]
-pub fn recount<S: Storage>(storage: &S, place: Place, old: Data, fingerprint: Fingerprint) {
+pub fn recount<S: Storage>(storage: &S, place: Place, old: Data, new: &New) {
     let Some(slot) = place.slot(storage) else { return };
     // Whoever abandoned a claim may have counted already. Counted twice does no harm.
     if old.state() != State::CLAIMING {
         count_overflow(storage, Fingerprint(slot.fingerprint.load()), place, false);
     }
-    count_overflow(storage, fingerprint, place, true);
+    count_overflow(storage, new.fingerprint, place, true);
 }
 
 /// Counts that a slot has a flow, or no longer has it.
@@ -555,6 +582,9 @@ pub struct New {
     pub data: Data,
     pub flow: Flow,
     pub now: Ticks,
+    /// Whether the caller [writes the record](Operations::record_at) of a new slot when it has done all else: where neither packets nor claims
+    /// ask for it.
+    pub defers: bool,
 }
 
 impl New {
@@ -566,7 +596,7 @@ impl New {
     }
 }
 
-/// What came of an insert, as one word: what a subprogram returns.
+/// What came of an insert, as one word: what a subprogram returns. Data of a live slot has a state, hence is greater than the rest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(transparent)]
 pub struct Inserted(pub u64);
@@ -574,12 +604,18 @@ pub struct Inserted(pub u64);
 impl Inserted {
     /// Only live flows are where it could stand.
     pub const FULL: Self = Self(0);
-    /// The flow has a slot.
-    pub const NEW: Self = Self(1);
-    /// The flow has a slot, and another was evicted for it.
-    pub const EVICTING: Self = Self(2);
+    const NEW: u64 = 1 << 32;
+    /// Another flow was evicted for it.
+    const EVICTING: u64 = 1 << 33;
 
-    /// It was there already. Data of a live slot has a state, hence is greater than the others.
+    /// The flow has this slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(place: Place, is_evicting: bool) -> Self {
+        Self(place.0 as u64 | Self::NEW | if is_evicting { Self::EVICTING } else { 0 })
+    }
+
+    /// It was there already.
     #[inline(always)]
     #[must_use]
     pub const fn existing(data: Data) -> Self {
@@ -588,14 +624,28 @@ impl Inserted {
 
     #[inline(always)]
     #[must_use]
-    pub const fn is_new(self) -> bool {
-        self.0 == Self::NEW.0 || self.0 == Self::EVICTING.0
+    pub const fn is_existing(self) -> bool {
+        self.0 >= 1 << Data::STATE_SHIFT
     }
 
     #[inline(always)]
     #[must_use]
-    pub const fn is_existing(self) -> bool {
-        self.0 > Self::EVICTING.0
+    pub const fn is_new(self) -> bool {
+        !self.is_existing() && self.0 & Self::NEW != 0
+    }
+
+    /// Whether it is new, and another flow was evicted for it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_evicting(self) -> bool {
+        !self.is_existing() && self.0 & Self::EVICTING != 0
+    }
+
+    /// The slot, if it is new.
+    #[inline(always)]
+    #[must_use]
+    pub const fn place(self) -> Place {
+        Place(self.0 as u32)
     }
 
     /// What was there already, if it was.
@@ -609,9 +659,8 @@ impl Inserted {
 /// Gives a direction of a flow a slot.
 pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
     let New { fingerprint, now, .. } = *new;
-    let data = new.slot_data();
     for _ in 0..ATTEMPTS {
-        let (place, old) = match choose(table, fingerprint, new.flow.twin, now) {
+        let (place, old) = match choose(table, new) {
             Choice::Existing(data) => return Inserted::existing(data),
             Choice::Take(place, old) => (place, old),
             Choice::Full => return Inserted::FULL,
@@ -628,17 +677,29 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
         if evicted && let Some(victim) = record.read(Fingerprint(slot.fingerprint.load())) {
             table.remove(victim.twin, now);
         }
-        table.recount(place, old, fingerprint);
-        record.write(fingerprint, &new.flow);
-        slot.fingerprint.swap(fingerprint.0);
-        slot.data.swap(data.0);
-        return match table.settle(fingerprint, place, data, now) {
-            Data::NONE if evicted => Inserted::EVICTING,
-            Data::NONE => Inserted::NEW,
+        // For nearly all flows there is nothing to be counted.
+        let displaced = displacement(&table, fingerprint, place)
+            | displacement(&table, Fingerprint(slot.fingerprint.load()), place);
+        if displaced != 0 {
+            table.recount(place, old, new);
+        }
+        if !new.defers {
+            record.write(fingerprint, &new.flow);
+        }
+        slot.fingerprint.store(fingerprint.0);
+        slot.data.swap(new.slot_data().0);
+        return match table.settle(new, place) {
+            Data::NONE => Inserted::new(place, evicted),
             data => Inserted::existing(data),
         };
     }
     Inserted::FULL
+}
+
+/// Not 0 if a flow would rather stand in another bucket.
+#[inline(always)]
+fn displacement<S: Storage>(storage: &S, fingerprint: Fingerprint, place: Place) -> u32 {
+    fingerprint.bucket(0, storage.mask()) ^ place.bucket()
 }
 
 /// What a bucket has for a new flow, as one word: what a subprogram returns.
@@ -652,7 +713,7 @@ pub struct Scan(pub u64);
 impl Scan {
     const SLOT: u64 = 3;
     /// Nobody in this bucket can make room.
-    const FULL: Self = Self(0);
+    pub const FULL: Self = Self(0);
     /// The flow stands in this slot.
     const EXISTING: u64 = 4;
     /// This slot may be evicted.
@@ -702,7 +763,8 @@ pub(crate) fn rolled(mut number: usize) -> usize {
 
 /// Looks at one bucket for an insert.
 #[inline(always)]
-pub fn scan<S: Storage>(storage: &S, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
+pub fn scan<S: Storage>(storage: &S, index: u32, new: &New) -> Scan {
+    let New { fingerprint, flow: Flow { twin, .. }, now, .. } = *new;
     let Some(bucket) = storage.bucket(index) else { return Scan::FULL };
     let mut free = 0;
     let mut first = 0;
@@ -744,11 +806,12 @@ enum Choice {
 
 /// The first bucket with two free slots, else the emptiest, else the slot that is worth least.
 #[inline(always)]
-fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Choice {
+fn choose<O: Operations>(table: O, new: &New) -> Choice {
+    let New { fingerprint, now, .. } = *new;
     let (mut bucket, mut best) = (0, Scan::FULL);
     for choice in 0..CHOICES {
         let index = fingerprint.bucket(choice, table.mask());
-        let seen = table.scan(index, fingerprint, twin, now);
+        let seen = table.scan(index, new);
         if seen.has(Scan::EXISTING) {
             (bucket, best) = (index, seen);
             break;
@@ -783,7 +846,8 @@ fn choose<O: Operations>(table: O, fingerprint: Fingerprint, twin: Fingerprint, 
 
 /// Sees to it that a flow just published has one slot.
 #[inline(always)]
-pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
+pub fn settle<S: Storage>(storage: &S, new: &New, mine: Place) -> Data {
+    let New { fingerprint, now, .. } = *new;
     let mut choice = 0;
     while choice < CHOICES as usize {
         let index = fingerprint.bucket(choice as u32, storage.mask());
@@ -804,7 +868,7 @@ pub fn settle<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place, my
                 release(slot, data);
             } else {
                 if let Some(slot) = mine.slot(storage) {
-                    release(slot, my_data);
+                    release(slot, new.slot_data());
                 }
                 return data;
             }

@@ -190,6 +190,9 @@ pub(crate) fn route_datagram<A: Routable>(frame: &impl Frame, len: u16, tuple: &
     if out & Interface::XDP != 0 {
         flags |= Way::XDP;
     }
+    if out & Interface::DIRECT != 0 {
+        flags |= Way::DIRECT;
+    }
     if bridge != 0 && bridge == lookup.ifindex {
         flags |= Way::BRIDGED;
     }
@@ -268,15 +271,30 @@ pub(crate) fn has_socket<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>) -> b
     }
 }
 
-/// Has the flow of a packet remember its way.
+/// The way of a flow that does not know it, if others to the same address do.
 #[inline(always)]
-pub(crate) fn keep(route: &Route, lookup: &Lookup) {
+pub(crate) fn follow<A: Address>(address: A, input: u32, lookup: &Lookup) -> Way {
+    let hop = maps::lead(address, input, lookup.now);
+    let way = maps::way(hop);
+    if way.interface != 0 {
+        Kernel.leave_by(lookup.fingerprint, hop, lookup.now);
+    }
+    way
+}
+
+/// Has the flow of a packet remember its way, and others to the same address follow it.
+#[inline(always)]
+pub(crate) fn keep<A: Address>(route: &Route, address: A, input: u32, lookup: &Lookup) {
     if route.outcome != Outcome::Resolved {
         return;
     }
-    let hop = maps::keep_way(&route.way(), lookup.now);
+    let way = route.way();
+    let hop = maps::keep_way(&way, lookup.now);
     if hop != 0 {
         Kernel.leave_by(lookup.fingerprint, hop, lookup.now);
+        if way.has(Way::DIRECT) {
+            maps::set_lead(address, input, hop, lookup.now);
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use core::ptr::{self, addr_of};
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
-    helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
 use netlb_common::{
@@ -16,7 +16,7 @@ use netlb_common::{
     counters::Counter,
     flow::{Family, Fingerprint, HashKey, Parsed},
     fragment::{self, First, HeldFrame, Region},
-    hop::{self, Hop, Way},
+    hop::{self, Hop, Lead, Way},
     icmp::{Error, Meaning},
     limit::Limit,
     maps::{
@@ -28,7 +28,7 @@ use netlb_common::{
     socket,
     stranger::Strangers,
     table::{Bucket, New, Overflow, Place, Record, Storage},
-    time::Ticks,
+    time::{Jiffies, Ticks},
 };
 
 /// Bits of a whole key of `SOURCE_RANGES`.
@@ -70,6 +70,8 @@ static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static LEADS: Array<Lead, { hop::LEADS as usize }> = Array::new();
 #[btf_map]
 static SNAT_ADDRESSES: Array<Source, { snat::ADDRESSES as usize }, MMAPABLE> = Array::new();
 #[btf_map]
@@ -208,7 +210,7 @@ mod lru {
         }
         let slot = Slot { fingerprint: Word::new(new.fingerprint.0), data: Word::new(new.slot_data().0) };
         match FLOWS_LRU.insert(&new.fingerprint.0, &slot, 0) {
-            Ok(()) => Inserted::NEW,
+            Ok(()) => Inserted::new(Place(0), false),
             Err(_) => Inserted::FULL,
         }
     }
@@ -246,6 +248,7 @@ pub(crate) fn may_answer() -> bool {
 #[unsafe(no_mangle)]
 static SETTINGS: Constant<Settings> = Constant(Settings {
     hash_key: HashKey::ZERO,
+    jiffies: Jiffies { length: 0, epoch: 0 },
     flow_mask: 0,
     filter_bits_log2: 15,
     timeouts: [0; State::COUNT],
@@ -412,8 +415,10 @@ pub(crate) fn chooses_errors() -> bool {
 /// The time, in the flow table's unit.
 #[inline(always)]
 pub(crate) fn now() -> Ticks {
-    // SAFETY: the helper only reads a clock.
-    Ticks::from_nanos(unsafe { bpf_ktime_get_coarse_ns() })
+    let jiffies = Jiffies { length: setting!(jiffies.length), epoch: setting!(jiffies.epoch) };
+    // SAFETY: the helpers only read a clock. The verifier puts a load in the place of the first.
+    let nanos = unsafe { if jiffies.length == 0 { bpf_ktime_get_coarse_ns() } else { jiffies.nanos(bpf_jiffies64()) } };
+    Ticks::from_nanos(nanos)
 }
 
 /// What the control loop knows of an interface.
@@ -433,6 +438,21 @@ pub(crate) fn way(hop: u16) -> Way {
 #[inline(always)]
 pub(crate) fn keep_way(way: &Way, now: Ticks) -> u16 {
     hop::keep(|index| HOPS.get(index), way, now)
+}
+
+/// The index of the way to an address for what comes in by an interface, if packets went there a moment ago; else 0.
+#[inline(always)]
+pub(crate) fn lead<A: Address>(address: A, input: u32, now: Ticks) -> u16 {
+    let hash = Lead::hash(&Kernel.hash_key(), address, input);
+    LEADS.get(Lead::index(hash)).map_or(0, |lead| lead.hop(hash, now))
+}
+
+#[inline(always)]
+pub(crate) fn set_lead<A: Address>(address: A, input: u32, hop: u16, now: Ticks) {
+    let hash = Lead::hash(&Kernel.hash_key(), address, input);
+    if let Some(lead) = LEADS.get(Lead::index(hash)) {
+        lead.set(hash, hop, now);
+    }
 }
 
 /// The index of an address that flows are given as their source, or 0.

@@ -35,22 +35,24 @@ macro_rules! subprogram {
 }
 
 subprogram! {
-    fn flow_scan(index: u32, fingerprint: u64, twin: u64, now: u32) -> u64 {
-        table::scan(&Kernel, index, Fingerprint(fingerprint), Fingerprint(twin), Ticks(now)).0
+    // SAFETY, of all that get a `New`: null or readable; the verifier sees to it.
+    fn flow_scan(index: u32, new: *const New) -> u64 {
+        unsafe { new.as_ref() }.map_or(Scan::FULL, |new| table::scan(&Kernel, index, new)).0
     }
 
     fn flow_insert(new: *const New) -> u64 {
-        // SAFETY: null or readable; the verifier sees to it.
         unsafe { new.as_ref() }.map_or(Inserted::FULL, maps::insert).0
     }
 
-    fn flow_recount(place: u32, old: u64, fingerprint: u64) -> u32 {
-        table::recount(&Kernel, Place(place), Data(old), Fingerprint(fingerprint));
+    fn flow_recount(place: u32, old: u64, new: *const New) -> u32 {
+        if let Some(new) = unsafe { new.as_ref() } {
+            table::recount(&Kernel, Place(place), Data(old), new);
+        }
         0
     }
 
-    fn flow_settle(fingerprint: u64, mine: u32, my_data: u64, now: u32) -> u64 {
-        table::settle(&Kernel, Fingerprint(fingerprint), Place(mine), Data(my_data), Ticks(now)).0
+    fn flow_settle(new: *const New, mine: u32) -> u64 {
+        unsafe { new.as_ref() }.map_or(Data::NONE, |new| table::settle(&Kernel, new, Place(mine))).0
     }
 
     fn flow_probe(fingerprint: u64, now: u32) -> u64 {
@@ -616,6 +618,11 @@ macro_rules! hook {
             fn source(&self, packet: &Parsed<$family>, lookup: &Lookup, backend: u32, flags: u32) -> Snat {
                 Snat($source(self.$as_context(), packet, lookup, backend, flags))
             }
+
+            #[inline(always)]
+            fn hop(&self, address: $family, now: Ticks) -> u16 {
+                maps::lead(address, self.interface(), now)
+            }
         }
 
         impl Hook<$family> for $frame {
@@ -757,8 +764,8 @@ const fn scope(number: u32) -> Scope {
 
 impl Operations for Kernel {
     #[inline(always)]
-    fn scan(self, index: u32, fingerprint: Fingerprint, twin: Fingerprint, now: Ticks) -> Scan {
-        Scan(flow_scan(index, fingerprint.0, twin.0, now.0))
+    fn scan(self, index: u32, new: &New) -> Scan {
+        Scan(flow_scan(index, new))
     }
 
     #[inline(always)]
@@ -767,13 +774,13 @@ impl Operations for Kernel {
     }
 
     #[inline(always)]
-    fn recount(self, place: Place, old: Data, fingerprint: Fingerprint) {
-        flow_recount(place.0, old.0, fingerprint.0);
+    fn recount(self, place: Place, old: Data, new: &New) {
+        flow_recount(place.0, old.0, new);
     }
 
     #[inline(always)]
-    fn settle(self, fingerprint: Fingerprint, mine: Place, my_data: Data, now: Ticks) -> Data {
-        Data(flow_settle(fingerprint.0, mine.0, my_data.0, now.0))
+    fn settle(self, new: &New, mine: Place) -> Data {
+        Data(flow_settle(new, mine.0))
     }
 
     #[inline(always)]

@@ -119,14 +119,18 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     let len = frame.datagram_len(packet);
     let mut way = if is_fast { maps::way(translation.hop) } else { Way::NONE };
     let mut outcome = Outcome::Resolved;
+    if is_fast && way.interface == 0 {
+        way = forward::follow(translation.apply(&packet.tuple).destination, frame.interface(), lookup);
+    }
     if way.interface == 0 || len > way.mtu {
+        let (tuple, input) = (translation.apply(&packet.tuple), frame.interface());
         let mut route = Route::STACK;
         if is_fast || len > ALWAYS_FITS {
-            route = forward::route(frame, packet, &translation.apply(&packet.tuple), frame.interface());
+            route = forward::route(frame, packet, &tuple, input);
         }
         (way, outcome) = (route.way(), route.outcome);
         if is_fast {
-            forward::keep(&route, lookup);
+            forward::keep(&route, tuple.destination, input, lookup);
         }
     }
     match outcome {

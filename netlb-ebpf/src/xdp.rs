@@ -50,9 +50,13 @@ pub(crate) fn dispatch<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
     let mut way = maps::way(translation.hop);
     let input = frame.interface();
     if way.interface == 0 {
-        let route = forward::route(frame, packet, &translation.apply(&packet.tuple), input);
-        way = if route.outcome == Outcome::Resolved { route.way() } else { Way::NONE };
-        forward::keep(&route, lookup);
+        let tuple = translation.apply(&packet.tuple);
+        way = forward::follow(tuple.destination, input, lookup);
+        if way.interface == 0 {
+            let route = forward::route(frame, packet, &tuple, input);
+            way = if route.outcome == Outcome::Resolved { route.way() } else { Way::NONE };
+            forward::keep(&route, tuple.destination, input, lookup);
+        }
     }
     if !way.has(Way::XDP) || frame.datagram_len(packet) > way.mtu {
         return Xdp::PASS;

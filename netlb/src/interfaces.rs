@@ -190,6 +190,10 @@ async fn follow(
                     reroute_at.get_or_insert(rerouted + REROUTE);
                     continue;
                 }
+                Event::Ruled => {
+                    reroute_at.get_or_insert(rerouted + REROUTE);
+                    list_rules(&mut follower, &netlink).await;
+                }
                 Event::Changed(link) => {
                     let ask = follower.peers_of_changed(&link);
                     follower.change(link);
@@ -223,11 +227,16 @@ async fn follow(
 
 /// Takes the kernel's list for the truth.
 async fn list(follower: &mut Follower, netlink: &mut Netlink) {
+    list_rules(follower, netlink).await;
     match netlink.list().await {
         Ok(links) => follower.replace(links),
         Err(error) => tracing::error!("cannot list interfaces: {error}"),
     }
     list_addresses(follower, netlink).await;
+}
+
+async fn list_rules(follower: &mut Follower, netlink: &Netlink) {
+    follower.set_routing(netlink.routes_by_destination().await);
 }
 
 async fn list_addresses(follower: &mut Follower, netlink: &Netlink) {

@@ -342,7 +342,7 @@ fn a_masqueraded_flow_is_translated_where_it_leaves_and_where_replies_come_in() 
         backend: 1,
     };
     let data = Data::new(Direction::Reply, State::SYN_SENT, 1);
-    assert!((&node).insert(New { fingerprint, data, flow, now: NOW }).is_new());
+    assert!((&node).insert(New { fingerprint, data, flow, now: NOW, defers: false }).is_new());
     assert_eq!(begin(&other).0, Verdict::Pass);
 }
 

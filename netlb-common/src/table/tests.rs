@@ -15,7 +15,7 @@ impl Memory {
     /// Inserts a forward slot with a backend.
     fn insert(&self, fingerprint: u64, state: State, backend: u32, now: Ticks) -> Inserted {
         let data = Data::new(Direction::Forward, state, backend);
-        insert(self, &New { fingerprint: Fingerprint(fingerprint), data, flow: flow(!fingerprint), now })
+        insert(self, &New { fingerprint: Fingerprint(fingerprint), data, flow: flow(!fingerprint), now, defers: false })
     }
 
     /// Fills every slot.
@@ -61,7 +61,7 @@ fn flow(twin: u64) -> Flow {
 #[test]
 fn what_was_inserted_is_found_with_its_record() {
     let table = Memory::new(64);
-    assert_eq!(table.insert(mix(1), State::SYN_SENT, 7, NOW), Inserted::NEW);
+    assert!(table.insert(mix(1), State::SYN_SENT, 7, NOW).is_new());
     let place = table.place(mix(1), NOW);
     let found = find(&table, Fingerprint(mix(1)), NOW).unwrap();
     assert_eq!(found.place, place);
@@ -105,7 +105,7 @@ fn a_look_up_goes_as_far_as_flows_had_to() {
 #[test]
 fn a_second_insert_finds_the_first() {
     let table = Memory::new(64);
-    assert_eq!(table.insert(mix(1), State::SYN_SENT, 7, NOW), Inserted::NEW);
+    assert!(table.insert(mix(1), State::SYN_SENT, 7, NOW).is_new());
     let place = table.place(mix(1), NOW);
     let inserted = table.insert(mix(1), State::SYN_SENT, 8, NOW);
     assert!(!inserted.is_new());
@@ -124,7 +124,7 @@ fn a_slot_past_its_timeout_is_free_for_look_up_and_insert() {
     assert!(find(&table, Fingerprint(mix(0)), last).is_some());
     let late = Ticks(last.0 + unit);
     assert!(find(&table, Fingerprint(mix(0)), late).is_none());
-    assert!(matches!(table.insert(mix(9), State::SYN_SENT, 1, late), Inserted::NEW));
+    assert!(table.insert(mix(9), State::SYN_SENT, 1, late).is_new());
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn who_is_evicted_follows_the_policy() {
         }
         table.insert(mix(3), State::UDP_BOTH_WAYS, 3, late);
         table.insert(mix(4), State::ESTABLISHED, 4, late);
-        assert!(matches!(table.insert(mix(5), State::SYN_SENT, 5, late), Inserted::EVICTING));
+        assert!(table.insert(mix(5), State::SYN_SENT, 5, late).is_evicting());
         assert!(find(&table, Fingerprint(mix(2)), late).is_none(), "{first:?} goes before {second:?}");
         assert!(find(&table, Fingerprint(mix(1)), late).is_some(), "{second:?} stays beside {first:?}");
     }
@@ -189,7 +189,10 @@ fn both_directions_are_evicted_together() {
     let (forward, reply) = (mix(1), mix(2));
     for (direction, fingerprint, twin) in [(Direction::Forward, forward, reply), (Direction::Reply, reply, forward)] {
         let data = Data::new(direction, State::SYN_SENT, 1);
-        Operations::insert(&table, New { fingerprint: Fingerprint(fingerprint), data, flow: flow(twin), now: NOW });
+        Operations::insert(
+            &table,
+            New { fingerprint: Fingerprint(fingerprint), data, flow: flow(twin), now: NOW, defers: false },
+        );
     }
     for n in 10_u64.. {
         if find(&table, Fingerprint(forward), NOW).is_none() {
@@ -208,10 +211,10 @@ fn a_flow_does_not_evict_its_other_direction() {
         table.insert(mix(n), State::ESTABLISHED, 1, NOW);
     }
     let data = Data::new(Direction::Reply, State::SYN_SENT, 1);
-    let other = |twin| New { fingerprint: Fingerprint(mix(99)), data, flow: flow(twin), now: NOW };
+    let other = |twin| New { fingerprint: Fingerprint(mix(99)), data, flow: flow(twin), now: NOW, defers: false };
     assert_eq!(Operations::insert(&table, other(mix(1))), Inserted::FULL);
     assert!(find(&table, Fingerprint(mix(1)), NOW).is_some());
-    assert_eq!(Operations::insert(&table, other(mix(98))), Inserted::EVICTING, "it is anybody else's to evict");
+    assert!(Operations::insert(&table, other(mix(98))).is_evicting(), "it is anybody else's to evict");
 }
 
 #[test]
@@ -222,7 +225,7 @@ fn a_slot_left_claimed_is_used_again() {
     table.buckets[0].slots[2].data.store(claim.0);
     assert_eq!(table.insert(mix(99), State::SYN_SENT, 1, NOW), Inserted::FULL);
     let later = Ticks(NOW.0 + CLAIM_TICKS + 1);
-    assert_eq!(table.insert(mix(99), State::SYN_SENT, 1, later), Inserted::NEW);
+    assert!(table.insert(mix(99), State::SYN_SENT, 1, later).is_new());
     assert_eq!(table.place(mix(99), later), Place(2));
 }
 
@@ -230,7 +233,7 @@ fn a_slot_left_claimed_is_used_again() {
 fn of_two_equal_slots_the_lower_stays() {
     let table = Memory::new(64);
     let fingerprint = Fingerprint(mix(1));
-    assert_eq!(table.insert(mix(1), State::SYN_SENT, 7, NOW), Inserted::NEW);
+    assert!(table.insert(mix(1), State::SYN_SENT, 7, NOW).is_new());
     let place = table.place(mix(1), NOW);
     // What another CPU published at the same moment, in another bucket.
     let other = Place::new(fingerprint.bucket(1, table.mask()), 3);
@@ -238,7 +241,10 @@ fn of_two_equal_slots_the_lower_stays() {
     count_overflow(&table, fingerprint, other, true);
     other.slot(&table).unwrap().fingerprint.store(fingerprint.0);
     other.slot(&table).unwrap().data.store(data);
-    let settled = settle(&table, fingerprint, place, Data(data), NOW);
+    let (slot_data, flow) = (Data(data), flow(!mix(1)));
+    let new = New { fingerprint, data: slot_data, flow, now: NOW, defers: false };
+    assert_eq!(new.slot_data(), slot_data);
+    let settled = settle(&table, &new, place);
     assert_eq!(table.live(NOW), 1);
     assert_eq!(settled != Data::NONE, other.0 < place.0);
     assert_eq!(table.place(mix(1), NOW).0, place.0.min(other.0));
@@ -356,7 +362,7 @@ fn fins_that_cross_on_two_cpus_close_both_slots() {
         for (direction, mine, twin) in [(Direction::Forward, mix(1), mix(2)), (Direction::Reply, mix(2), mix(1))] {
             remove(&*table, Fingerprint(mine), NOW);
             let data = Data::new(direction, State::ESTABLISHED, 1);
-            insert(&*table, &New { fingerprint: Fingerprint(mine), data, flow: flow(twin), now: NOW });
+            insert(&*table, &New { fingerprint: Fingerprint(mine), data, flow: flow(twin), now: NOW, defers: false });
         }
         start.wait();
         start.wait();

@@ -22,9 +22,10 @@ pub(crate) fn wrap<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     let mut way = maps::way(translation.hop);
     let mut outcome = Outcome::Resolved;
     if way.interface == 0 || len > way.mtu {
-        let route = forward::route_datagram(frame, len, &question(source, destination), frame.interface());
+        let input = frame.interface();
+        let route = forward::route_datagram(frame, len, &question(source, destination), input);
         (way, outcome) = (route.way(), route.outcome);
-        forward::keep(&route, lookup);
+        forward::keep(&route, destination, input, lookup);
     }
     match outcome {
         Outcome::TooBig if packet.dont_fragment => return REJECT + most::<A>(&way),

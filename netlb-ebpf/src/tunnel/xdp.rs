@@ -28,7 +28,7 @@ pub(crate) fn wrap<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
     if way.interface == 0 {
         let route = forward::route_datagram(frame, len, &question(source, destination), input);
         way = if route.outcome == Outcome::Resolved { route.way() } else { Way::NONE };
-        forward::keep(&route, lookup);
+        forward::keep(&route, destination, input, lookup);
     }
     if !way.has(Way::XDP) || len > way.mtu {
         return Xdp::PASS;

@@ -34,6 +34,7 @@ use crate::{
 
 pub use self::maps::KernelMaps;
 
+mod clock;
 mod clsact;
 mod counts;
 mod layout;

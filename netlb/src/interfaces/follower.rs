@@ -20,6 +20,8 @@ pub(super) struct Follower {
     /// All interfaces, by index.
     links: BTreeMap<u32, Link>,
     addresses: Vec<Address>,
+    /// Whether routing asks for nothing but where a packet goes and where it came in.
+    routes_by_destination: bool,
     /// Those that match.
     matching: BTreeMap<u32, Matching>,
 }
@@ -50,7 +52,14 @@ enum Effort {
 
 impl Follower {
     pub(super) fn new(node: Node, hooks: Box<dyn Hooks>) -> Self {
-        Self { node, hooks, links: BTreeMap::new(), addresses: Vec::new(), matching: BTreeMap::new() }
+        Self {
+            node,
+            hooks,
+            links: BTreeMap::new(),
+            addresses: Vec::new(),
+            routes_by_destination: false,
+            matching: BTreeMap::new(),
+        }
     }
 
     /// Goes by a new list of all interfaces. Programs that something took off an interface are put back, and what an earlier daemon left
@@ -72,6 +81,17 @@ impl Follower {
     /// Goes by a new list of all addresses.
     pub(super) fn set_addresses(&mut self, addresses: Vec<Address>) {
         self.addresses = addresses;
+    }
+
+    /// The rules of routing may have changed: whether they ask for nothing but where a packet goes and where it came in.
+    pub(super) fn set_routing(&mut self, by_destination: bool) {
+        if self.routes_by_destination == by_destination {
+            return;
+        }
+        self.routes_by_destination = by_destination;
+        for index in self.matching.keys().copied().collect::<Vec<_>>() {
+            self.settle(index, Effort::IfChanged);
+        }
     }
 
     pub(super) fn facts(&self) -> Facts {
@@ -154,7 +174,7 @@ impl Follower {
             }
             return;
         };
-        let announced = announcement(link, master, role);
+        let announced = announcement(link, master, role, self.routes_by_destination);
         let before = self.matching.get(&index);
         let is_same = before
             .is_some_and(|before| before.announced == announced && matches!(before.outcome, Outcome::Attached(_)));

@@ -72,12 +72,15 @@ pub(super) fn role(node: &Node, link: &Link, master: Option<&Link>) -> Option<Ro
 }
 
 /// What the programs are told of an interface.
-pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role) -> Interface {
+pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role, routes_by_destination: bool) -> Interface {
     // What leaves by an uplink is for a neighbour on its link, also where a virtual one ends in another namespace.
     let is_peer = role == Role::Pod && link.kind == Kind::Pair && link.peer_is_elsewhere;
+    // By uplinks there may be several ways, of which each flow has one.
+    let is_direct = routes_by_destination && role != Role::Uplink;
+    let flag = |is_so, flag| if is_so { flag } else { 0 };
     Interface {
         role: role.number(),
-        flags: if is_peer { Interface::PEER } else { 0 },
+        flags: flag(is_peer, Interface::PEER) | flag(is_direct, Interface::DIRECT),
         pad: 0,
         master: master.filter(|master| master.kind == Kind::Bridge).map_or(0, |master| master.index),
     }
@@ -150,14 +153,17 @@ pub(super) mod tests {
     fn the_announcement_tells_of_bridge_and_peer() {
         let bridge = Link { kind: Kind::Bridge, ..link(7, "cni0") };
         let pod = Link { kind: Kind::Pair, peer: Some(2), peer_is_elsewhere: true, ..link(9, "veth1") };
-        let interface = announcement(&pod, Some(&bridge), Role::Pod);
+        let interface = announcement(&pod, Some(&bridge), Role::Pod, false);
         assert_eq!((interface.role, interface.flags, interface.master), (role::POD, Interface::PEER, 7));
-        assert_eq!(announcement(&pod, None, Role::Uplink).flags, 0, "the next hop is not the peer");
+        assert_eq!(announcement(&pod, None, Role::Uplink, false).flags, 0, "the next hop is not the peer");
         let here = Link { peer_is_elsewhere: false, ..pod.clone() };
-        assert_eq!(announcement(&here, None, Role::Pod).flags, 0);
+        assert_eq!(announcement(&here, None, Role::Pod, false).flags, 0);
         let macvlan = Link { kind: Kind::Other, ..pod };
-        assert_eq!(announcement(&macvlan, None, Role::Pod).flags, 0, "only pairs have a peer to redirect to");
-        let bonded = announcement(&here, Some(&link(3, "bond0")), Role::Uplink);
+        assert_eq!(announcement(&macvlan, None, Role::Pod, false).flags, 0, "only pairs have a peer to redirect to");
+        let direct = |role| announcement(&link(9, "veth1"), None, role, true).flags & Interface::DIRECT != 0;
+        assert!(direct(Role::Pod) && direct(Role::Bridge));
+        assert!(!direct(Role::Uplink), "there may be several ways");
+        let bonded = announcement(&here, Some(&link(3, "bond0")), Role::Uplink, false);
         assert_eq!((bonded.role, bonded.master), (role::UPLINK, 0));
     }
 

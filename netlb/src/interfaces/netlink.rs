@@ -9,13 +9,14 @@ use std::{
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use rtnetlink::{
-    Handle, MulticastGroup,
+    Handle, IpVersion, MulticastGroup,
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+        rule::{RuleAttribute, RuleMessage},
     },
     sys::AsyncSocket as _,
 };
@@ -38,6 +39,8 @@ pub(super) enum Event {
     Readdressed,
     /// Routes, or where neighbours are.
     Rerouted,
+    /// Which routes are looked at for what.
+    Ruled,
     /// There were more changes than the socket had room for.
     Lost,
     /// There will be no more events.
@@ -70,6 +73,8 @@ impl Netlink {
             MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
         ])?;
         if let Err(error) = enlarge(listening.socket_mut().socket_mut().as_fd()) {
             tracing::debug!("cannot enlarge the buffer for news of interfaces: {error}");
@@ -99,6 +104,9 @@ impl Netlink {
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)) => {
                     return Event::Rerouted;
+                }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_)) => {
+                    return Event::Ruled;
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message))
                     if self.neighbours.has_moved(&message) =>
@@ -131,6 +139,21 @@ impl Netlink {
     pub(super) async fn addresses(&self) -> io::Result<Vec<Address>> {
         let messages: Vec<_> = self.requests.address().get().execute().try_collect().await.map_err(io::Error::other)?;
         Ok(messages.iter().filter(|message| is_global(message)).filter_map(read_address).collect())
+    }
+
+    /// Whether routing asks for nothing but where a packet goes and where it came in, as far as the kernel tells.
+    pub(super) async fn routes_by_destination(&self) -> bool {
+        for (version, name) in [(IpVersion::V4, "IPv4"), (IpVersion::V6, "IPv6")] {
+            match self.requests.rule().get(version).execute().try_collect::<Vec<_>>().await {
+                Ok(rules) if rules.iter().all(is_by_destination) => {}
+                Ok(_) => return false,
+                Err(error) => {
+                    tracing::debug!("cannot list the rules of {name}: {error}");
+                    return false;
+                }
+            }
+        }
+        true
     }
 
     pub(super) async fn get(&self, index: u32) -> io::Result<Option<Link>> {
@@ -171,6 +194,31 @@ fn key(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
         _ => None,
     });
     Some((message.header.ifindex, address?))
+}
+
+/// Whether a rule treats all packets alike that go to one address and came in by one interface. Marks, users and sockets are none of what
+/// the programs ask about.
+fn is_by_destination(rule: &RuleMessage) -> bool {
+    rule.header.src_len == 0
+        && rule.attributes.iter().all(|attribute| {
+            matches!(
+                attribute,
+                RuleAttribute::Destination(_)
+                    | RuleAttribute::Iifname(_)
+                    | RuleAttribute::Oifname(_)
+                    | RuleAttribute::Goto(_)
+                    | RuleAttribute::Priority(_)
+                    | RuleAttribute::FwMark(_)
+                    | RuleAttribute::FwMask(_)
+                    | RuleAttribute::Realm(_)
+                    | RuleAttribute::SuppressIfGroup(_)
+                    | RuleAttribute::SuppressPrefixLen(_)
+                    | RuleAttribute::Table(_)
+                    | RuleAttribute::L3MDev(_)
+                    | RuleAttribute::UidRange(_)
+                    | RuleAttribute::Protocol(_)
+            )
+        })
 }
 
 /// Makes a socket's receive buffer larger than net.core.rmem_max allows those without privileges.

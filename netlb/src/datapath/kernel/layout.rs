@@ -9,7 +9,7 @@ use netlb_common::{
     counters::Counter,
     filter,
     fragment::{self, First, HeldFrame, Region},
-    hop::{self, Hop},
+    hop::{self, Hop, Lead},
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
         Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
@@ -17,7 +17,7 @@ use netlb_common::{
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
     table::{self, Bucket, Overflow, Record},
-    time::ticks_from_seconds,
+    time::{Jiffies, ticks_from_seconds},
 };
 
 use super::load::Options;
@@ -184,6 +184,7 @@ impl Layout {
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
             Spec::hash::<u32, Interface>("INTERFACES", Hash, INTERFACES),
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
+            Spec::array::<Lead>("LEADS", Array, hop::LEADS),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
             Spec::hash::<SocketKey, Counterpart>("SOCKETS", LruHash, self.sockets),
             Spec::hash::<Addr, u32>("ADDRESSES", Hash, addresses),
@@ -256,10 +257,16 @@ fn pool<'a>(addresses: impl Iterator<Item = &'a IpAddr>) -> Pool {
 }
 
 /// The constants of the programs.
-pub(super) fn settings(meta: &Meta, timeouts: &[u32; State::COUNT], options: &Options<'_>) -> Settings {
+pub(super) fn settings(
+    meta: &Meta,
+    timeouts: &[u32; State::COUNT],
+    jiffies: Jiffies,
+    options: &Options<'_>,
+) -> Settings {
     let (first, last) = options.snat.ports;
     Settings {
         hash_key: meta.hash_key,
+        jiffies,
         flow_mask: (1 << meta.flow_buckets_log2) - 1,
         filter_bits_log2: meta.filter_bits_log2,
         timeouts: *timeouts,
@@ -315,6 +322,7 @@ mod tests {
                 ("COUNTERS", 64),
                 ("INTERFACES", 8192),
                 ("HOPS", 16_384),
+                ("LEADS", 4096),
                 ("SNAT_ADDRESSES", 256),
                 ("SOCKETS", 65_536),
                 ("ADDRESSES", 17_408),

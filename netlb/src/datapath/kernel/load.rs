@@ -14,9 +14,10 @@ use aya::{
     maps::{Array, Map, MapData, MapInfo},
     programs::{ProgramError, ProgramFd, SchedClassifier, Xdp},
 };
-use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta, network::Networks};
+use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta, network::Networks, time::Jiffies};
 
 use super::{
+    clock,
     layout::{Layout, Spec, settings, timeouts},
     maps::{KernelMaps, io_error, take},
     pins::{Pins, ignore_missing},
@@ -143,7 +144,11 @@ fn load_into(
         "this kernel cannot load BTF, which describes the maps (since Linux 4.18)"
     );
     let timeouts = timeouts(options.timeouts);
-    let settings = settings(&meta, &timeouts, options);
+    let jiffies = clock::jiffies().unwrap_or_else(|error| {
+        tracing::debug!("the programs ask a helper for the time: {error}");
+        Jiffies::default()
+    });
+    let settings = settings(&meta, &timeouts, jiffies, options);
     let socket_settings = sockets::settings(options.sockets).context("cannot tell this network namespace")?;
     // aya-log counts its levels as we do.
     let log_level = settings.log_level as u8;

@@ -20,8 +20,10 @@ use crate::datapath::Portion;
 mod command {
     pub(super) const MAP_CREATE: libc::c_int = 0;
     pub(super) const MAP_UPDATE_ELEM: libc::c_int = 2;
+    pub(super) const PROG_LOAD: libc::c_int = 5;
     pub(super) const OBJ_PIN: libc::c_int = 6;
     pub(super) const OBJ_GET: libc::c_int = 7;
+    pub(super) const PROG_TEST_RUN: libc::c_int = 10;
     pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
     pub(super) const PROG_QUERY: libc::c_int = 16;
     pub(super) const MAP_LOOKUP_BATCH: libc::c_int = 24;
@@ -101,6 +103,48 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     bpf(command::OBJ_PIN, &mut Object { path: path.as_ptr() as u64, fd: raw(object), flags: 0 }).map(drop)
+}
+
+/// Loads an XDP program of these instructions.
+pub(super) fn load_xdp(instructions: &[u64]) -> io::Result<OwnedFd> {
+    /// `BPF_PROG_TYPE_XDP`.
+    const XDP: u32 = 6;
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+    }
+    let (count, instructions) = (instructions.len() as u32, instructions.as_ptr() as u64);
+    let license = c"Dual MIT/GPL".as_ptr() as u64;
+    bpf(command::PROG_LOAD, &mut Load { kind: XDP, count, instructions, license }).map(owned)
+}
+
+/// Runs a program on a packet, and leaves there what it made of it.
+pub(super) fn test_run(program: BorrowedFd<'_>, packet: &mut [u8]) -> io::Result<()> {
+    #[derive(Default)]
+    #[repr(C)]
+    struct TestRun {
+        program: u32,
+        result: u32,
+        len_in: u32,
+        len_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+    }
+    let (len, data) = (packet.len() as u32, packet.as_mut_ptr() as u64);
+    let mut attr = TestRun {
+        program: raw(program),
+        len_in: len,
+        len_out: len,
+        data_in: data,
+        data_out: data,
+        ..TestRun::default()
+    };
+    bpf(command::PROG_TEST_RUN, &mut attr).map(drop)
 }
 
 #[derive(Default)]

@@ -245,7 +245,7 @@ impl MemoryMaps {
         let state = if frontend.protocol == 6 { State::ESTABLISHED } else { State::UDP_BOTH_WAYS };
         let insert = |fingerprint, direction, id, flow| {
             let data = Data::new(direction, state, id);
-            table::insert(&self.flows, &New { fingerprint, data, flow, now }).is_new()
+            table::insert(&self.flows, &New { fingerprint, data, flow, now, defers: false }).is_new()
         };
         insert(reply, Direction::Reply, config.frontend, flow);
         flow.twin = reply;
@@ -267,7 +267,7 @@ impl MemoryMaps {
             let (client, client_port) = (Addr::from_v4([10, 244, 9, 9]), PortBe::new(client));
             let flow = Flow { twin, client, client_port, protocol: 6, snat, frontend: 0, backend: 0 };
             let data = Data::new(direction, State::ESTABLISHED, 0).with_snat(true);
-            table::insert(&self.flows, &New { fingerprint, data, flow, now });
+            table::insert(&self.flows, &New { fingerprint, data, flow, now, defers: false });
         }
     }
 

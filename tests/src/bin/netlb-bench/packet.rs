@@ -68,7 +68,10 @@ fn measure_all(options: &Options) -> Result<Vec<PacketRow>> {
         );
     }
     if let Some(name) = options.case.as_ref().filter(|_| rows.is_empty()) {
-        bail!("no case that is measured has {name:?} in its name; there are {}", Vec::from_iter(case_names()).join(", "));
+        bail!(
+            "no case that is measured has {name:?} in its name; there are {}",
+            Vec::from_iter(case_names()).join(", ")
+        );
     }
     Ok(rows)
 }

@@ -26,7 +26,11 @@ pub(crate) struct Bed {
 impl Scene {
     /// Roles of the interfaces of clients and backends. From XDP packets leave by both.
     fn interfaces(self) -> [(u32, Interface); 2] {
-        let role = |role| Interface { role, flags: Interface::XDP, pad: 0, master: 0 };
+        let role = |role| {
+            // As they are announced where routing has no rules.
+            let direct = if role == role::POD { Interface::DIRECT } else { 0 };
+            Interface { role, flags: Interface::XDP | direct, pad: 0, master: 0 }
+        };
         let clients = if self == Self::Pods { role::POD } else { role::UPLINK };
         let backends = if matches!(self, Self::Uplink | Self::Wrapped) { role::UPLINK } else { role::POD };
         [(lab::CLIENTS, role(clients)), (lab::BACKENDS, role(backends))]
