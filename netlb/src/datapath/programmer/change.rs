@@ -166,7 +166,9 @@ impl<M: Maps> Programmer<M> {
         let Some(entry) = self.services.get_mut(change.service) else { return Ok(()) };
         if let Some(id) = entry.backends.get(&key).copied() {
             let before = self.backends.get(id).map_or(0, |backend| backend.flags);
-            if self.set_flags(id, before | flags) {
+            // What forbids comes with the last step, and goes with the first.
+            let forbids = Backend::ONLY_LOCAL & !(before & flags);
+            if self.set_flags(id, (before | flags) & !forbids) {
                 change.raised.push((id, before));
             }
             return Ok(());

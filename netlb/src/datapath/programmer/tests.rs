@@ -1304,6 +1304,30 @@ fn each_policy_has_its_records_and_rings() {
     bench.assert_empty();
 }
 
+/// A client that came to it by the local policy does not keep it where it is none of the backends there are to choose from.
+#[test]
+fn backends_of_the_local_set_alone_are_known() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let leaving = |is_leaving: bool| {
+        shop(|shop| {
+            shop.external_traffic_policy = TrafficPolicy::Local;
+            shop.backends[0].conditions =
+                model::Conditions { ready: !is_leaving, serving: true, terminating: is_leaving };
+        })
+    };
+    for _ in 0..2 {
+        bench.serve(&[leaving(true)]);
+        assert_eq!(
+            (bench.hosts(&bench.config(WEB)), bench.hosts(&bench.outside(NODE_PORT).unwrap())),
+            ([2].into(), [1].into())
+        );
+        let flags = ACTIVE | LOCAL | Backend::ONLY_LOCAL;
+        assert_eq!((bench.backend_flags("shop", 1), bench.backend_flags("shop", 2)), (flags, ACTIVE));
+        bench.serve(&[leaving(false)]);
+        assert_eq!((bench.backend_flags("shop", 1), bench.backend_flags("shop", 2)), (ACTIVE | LOCAL, ACTIVE));
+    }
+}
+
 #[test]
 fn an_empty_set_drops_and_nobody_rejects() {
     let mut bench = Bench::at(node(&["198.51.100.1"]));
@@ -1598,7 +1622,7 @@ fn clients_are_forgotten_when_their_time_is_over() {
     let backend = bench.maps().members(config.members, 1)[0];
     let now = bench.clock.now();
     let remember = |bench: &mut Bench, last: u8, service, backend| {
-        let key = AffinityKey { client: Addr::from_v4([10, 1, 1, last]), service, pad: 0 };
+        let key = AffinityKey::new(Addr::from_v4([10, 1, 1, last]), service, 6);
         bench.maps().affinities.push((key, Affinity::new(backend, now)));
     };
     remember(&mut bench, 1, config.service, backend);
