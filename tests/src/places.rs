@@ -82,6 +82,7 @@ pub enum Expected<'a> {
     Nothing,
 }
 
+#[derive(Debug)]
 pub struct Places {
     // Dropped in this order: the daemon before the cgroup and its node, servers and clients before their pods.
     netlb: Option<Netlb>,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail, ensure};
 use netlb_integration::daemon::Forwarding;
-use netlb_integration::places::{Asker, Expected, From, LOCAL, Outcome, Places, REMOTE, node_of};
+use netlb_integration::places::{Asker, Expected, From, LOCAL, Outcome, Places, REMOTE, node_of, outside_address};
 use netlb_integration::servers::Protocol;
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, vip};
@@ -128,7 +128,7 @@ const STEPS: [(&str, &[Rule]); 9] = [
     ("--internal-traffic-policy cluster --algorithm random", &[(&From::ALL, cluster_ip, BY_BOTH)]),
     ("--snat auto --mode dsr", &[(HERE, node_port, BY_BOTH)]),
     ("--mode nat", &[(&From::ALL, node_port, BY_BOTH)]),
-    ("--node-port none --lb-ip none", &[(&From::ALL, cluster_ip, BY_BOTH), (&From::ALL, node_port, Expected::Refused)]),
+    ("--node-port none", &[(&From::ALL, lb_ip, BY_BOTH), (&From::ALL, node_port, Expected::Refused)]),
     ("--node-port 30080", &[(&From::ALL, node_port, BY_BOTH)]),
 ];
 
@@ -182,6 +182,18 @@ fn new_connections_follow_a_change_and_others_stay() -> TestResult {
         .with_context(|| format!("affinity {affinity}"))?;
         stay(&mut held).with_context(|| format!("affinity {affinity}"))?;
     }
+    for (range, others) in [(true, Expected::Nothing), (false, BY_BOTH)] {
+        for family in Family::BOTH {
+            let range = if range { outside_address(family).to_string() } else { "none".to_owned() };
+            places.netlb()?.must(["svc", "set", &name(family), "--affinity", "none", "--source-range", &range])?;
+        }
+        let of_places = [(&[From::Outside] as &[From], BY_BOTH), (&[From::OtherPod, From::Pod, From::Node], others)];
+        let rules = of_places.map(|(from, expected)| (from, lb_ip as fn(Family) -> SocketAddr, expected));
+        new_ones_follow(&mut places, &rules).with_context(|| format!("source ranges: {range}"))?;
+        stay(&mut held).context("source ranges are for new connections")?;
+    }
+    set(&places, "--affinity client-ip")?;
+    clients_keep_their_backends(&mut places)?;
     // Who was remembered and takes no more is forgotten, and whoever is taken for it kept when it is back.
     set_backend(&places, LOCAL, "set", "--ready=false --serving=true")?;
     new_ones_follow(&mut places, &[(&From::ALL, cluster_ip, BY_REMOTE), (&From::ALL, node_port, BY_REMOTE)])?;

@@ -1520,7 +1520,15 @@ fn datagrams_move_when_their_backend_stops_serving_and_stay_where_nobody_serves(
     assert_eq!((bench.backend_flags("dns", 1), bench.config(DNS).ring_len), (Backend::SERVING, 0));
     serve(&mut bench, vec![when(two.clone(), false, false, false)]);
     assert_eq!(bench.backend_flags("dns", 1), Backend::SERVING);
-    serve(&mut bench, vec![two]);
+    serve(&mut bench, vec![two.clone()]);
+    assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (0, ACTIVE));
+    // One after the other, as those who watch them say it.
+    serve(&mut bench, vec![one.clone(), two.clone()]);
+    serve(&mut bench, vec![when(one.clone(), false, false, false), two.clone()]);
+    assert_eq!(bench.backend_flags("dns", 1), 0);
+    serve(&mut bench, vec![when(one.clone(), false, false, false), when(two.clone(), false, false, false)]);
+    assert_eq!([1, 2].map(|last| bench.backend_flags("dns", last)), [Backend::SERVING; 2]);
+    serve(&mut bench, vec![when(one, false, false, false), two]);
     assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (0, ACTIVE));
     bench.serve(&[]);
     bench.rest();
