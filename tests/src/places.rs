@@ -131,8 +131,7 @@ impl Places {
             (From::Backend, Client::start(&local.ns, Some(&cgroup))?, of(&local)),
         ];
         let node = Family::BOTH.map(|family| [Host::A.pod_address(family, 1), Host::A.underlay_address(family)]);
-        let askers =
-            places.map(|(from, client, own)| Asker { from, client, port: FIRST_PORT, own, node: node.concat() });
+        let askers = places.map(|(from, client, own)| Asker::new(from, client, own, node.concat()));
         Ok(Self {
             netlb: None,
             askers: askers.into(),
@@ -209,12 +208,11 @@ impl Places {
 
     /// Asks from places at the same time.
     pub fn everywhere(&mut self, places: &[From], ask: impl Fn(&mut Asker) -> Result<()> + Sync) -> Result<()> {
-        let asked = thread::scope(|scope| {
+        thread::scope(|scope| {
             let askers = self.askers.iter_mut().filter(|asker| places.contains(&asker.from));
             let threads: Vec<_> = askers.map(|asker| scope.spawn(|| ask(asker))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("see above")))).collect()
-        });
-        asked
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("see above"))))
+        })
     }
 }
 
@@ -232,6 +230,11 @@ pub fn outside_address(family: Family) -> IpAddr {
 }
 
 impl Asker {
+    /// A client with these addresses, and those of its node.
+    pub fn new(from: From, client: Client, own: Vec<IpAddr>, node: Vec<IpAddr>) -> Self {
+        Self { from, client, port: FIRST_PORT, own, node }
+    }
+
     /// One question on a connection of its own.
     pub fn ask(&mut self, protocol: Protocol, to: SocketAddr) -> Result<Outcome> {
         match self.begin(protocol, to)? {

@@ -3,11 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result};
-use netlb_integration::daemon::{Config, Forwarding, Service};
-use netlb_integration::places::{Asker, Expected, From, LOCAL, Places};
-use netlb_integration::servers::Protocol;
+use netlb_integration::cgroup::Cgroup;
+use netlb_integration::daemon::{Backend, Config, Forwarding, Netlb, Service};
+use netlb_integration::places::{Asker, ECHO, Expected, From, LOCAL, Outcome, Places, Seen, outside_address};
+use netlb_integration::servers::{self, Protocol};
+use netlb_integration::sockets::Client;
 use netlb_integration::testing::TestResult;
-use netlb_integration::topology::{Family, Host};
+use netlb_integration::topology::{Family, Host, Layout, Plan, Pod};
 
 const SERVED: Expected<'_> = Expected::By(&[LOCAL]);
 /// By the node's kernel, or by the pod's own where the address is a loopback one.
@@ -122,6 +124,58 @@ fn ports_of_the_node_are_served_at_their_addresses_and_no_others() -> TestResult
         places
             .everywhere(&From::ALL, |asker| ports_are_where_they_should_be(asker, &cases(at_underlay, at_other)))
             .with_context(|| format!("{addresses}, {forwarding}, sockets of {scope}"))?;
+    }
+    Ok(())
+}
+
+/// Containers of a bridge, as Docker has them: one of them serves a published port, which is at the bridge's own address as well; and a
+/// service has an address of the node as an external one.
+#[test]
+fn published_ports_lead_to_containers_of_a_bridge() -> TestResult {
+    let bed = Plan::new(Layout::Bridge).with_outside_client().build()?;
+    let (server, neighbour) = (bed.pod(Host::A, LOCAL)?, bed.pod(Host::A, "neighbour")?);
+    let cgroup = Cgroup::new("ports")?;
+    let _servers = [servers::echo(&server, Protocol::Tcp, ECHO)?, servers::echo(&server, Protocol::Udp, ECHO)?];
+    let gateway = |family| Host::A.pod_address(family, 1);
+    let node = Family::BOTH.map(|family| [gateway(family), underlay(family)]).concat();
+    let ips = |pod: &Pod| Vec::from(Family::BOTH.map(|family| pod.ip(family)));
+    let clients = [
+        (From::Pod, Client::start(&neighbour.ns, None)?, ips(&neighbour)),
+        (From::Backend, Client::start(&server.ns, None)?, ips(&server)),
+        (From::Outside, Client::start(bed.outside()?, None)?, Vec::from(Family::BOTH.map(outside_address))),
+        (From::Node, Client::start(&bed.node_a().ns, Some(&cgroup))?, vec![]),
+    ];
+    let mut askers = clients.map(|(from, client, own)| Asker::new(from, client, own, node.clone()));
+    for forwarding in Forwarding::BOTH {
+        let mut config = Config::new(bed.node_a(), forwarding).bridge("br0");
+        config = config.extra(&format!("\n[socket]\nscope = \"node\"\ncgroup = {:?}\n", cgroup.path()));
+        for family in Family::BOTH {
+            let mut published = Service::without_frontend(&format!("published-{family}"), []);
+            let mut external = Service::without_frontend(&format!("external-{family}"), []);
+            for protocol in ["tcp", "udp"] {
+                published = published.publish(format!("{AT_ALL}:{ECHO}/{protocol}"));
+                external =
+                    external.external_ip(format!("{}/{protocol}", SocketAddr::new(underlay(family), AT_UNDERLAY)));
+            }
+            for service in [published, external] {
+                config = config.service(service.backend(Backend::new(SocketAddr::new(server.ip(family), ECHO))));
+            }
+        }
+        let _netlb = Netlb::start(bed.node_a(), &config)?;
+        for (family, number) in Family::BOTH.into_iter().flat_map(|family| (0..4).map(move |number| (family, number))) {
+            let asker = &mut askers[number];
+            let mut at = vec![(underlay(family), AT_ALL), (gateway(family), AT_ALL), (underlay(family), AT_UNDERLAY)];
+            if asker.from == From::Node {
+                at.push((loopback(family), AT_ALL));
+            }
+            let sees = if matches!(asker.from, From::Node | From::Backend) { Seen::Node } else { Seen::Client };
+            for ((ip, port), protocol) in at.into_iter().flat_map(|at| [(at, Protocol::Tcp), (at, Protocol::Udp)]) {
+                let to = SocketAddr::new(ip, port);
+                let outcome = asker.ask(protocol, to)?;
+                let what = format!("{forwarding}, {}, from {:?} to {to}", protocol.name(), asker.from);
+                assert_eq!(outcome, Outcome::By(LOCAL.to_owned(), sees), "{what}");
+            }
+        }
     }
     Ok(())
 }

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use netlb_integration::daemon::{Backend, Config, Forwarding, Service};
-use netlb_integration::places::{Asker, Expected, From, LOCAL, Outcome, Places, REMOTE, Seen, outside_address};
+use netlb_integration::exec::{Process, sibling_program};
+use netlb_integration::places::{Asker, ECHO, Expected, From, LOCAL, Outcome, Places, REMOTE, Seen, outside_address};
 use netlb_integration::servers::Protocol;
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, vip};
@@ -305,6 +306,66 @@ fn ports_that_look_alike_are_different_ones(asker: &mut Asker) -> Result<()> {
     })
 }
 
+/// Services of processes of the nodes themselves, by the node.
+const HOSTS: [(u8, Host, &str); 2] = [(56, Host::A, "host-a"), (57, Host::B, "host-b")];
+
+/// Echo servers at the nodes' own addresses.
+fn host_servers(places: &Places) -> Result<Vec<Process>> {
+    let mut servers = Vec::new();
+    for (_, host, name) in HOSTS {
+        for protocol in PROTOCOLS.map(Protocol::name) {
+            let command = places.bed().node(host)?.ns.command(sibling_program("netlb-echo")?);
+            let command = command.args([protocol, &ECHO.to_string(), "--name", name]);
+            let at = Family::BOTH.map(|family| host.underlay_address(family).to_string());
+            servers.push(at.into_iter().fold(command, |command, at| command.args(["--listen", &at])).spawn()?);
+        }
+    }
+    Ok(servers)
+}
+
+fn services_of_hosts() -> Vec<Service> {
+    let mut services = Vec::new();
+    for (number, host, name) in HOSTS {
+        for ways in numbered(number) {
+            let backend = Backend::new(SocketAddr::new(host.underlay_address(ways.family), ECHO));
+            services.push(ways.service().backend(backend.node(&name["host-".len()..])));
+        }
+    }
+    services
+}
+
+fn processes_of_nodes_are_backends_too(asker: &mut Asker) -> Result<()> {
+    in_every_form(|family, protocol| {
+        for (number, _, name) in HOSTS {
+            for to in (Ways { number, family }).all() {
+                asker.expect(protocol, to, Expected::By(&[name]))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A service one of whose addresses the node holds.
+const HELD: u8 = 58;
+
+fn services_at_addresses_of_the_node(places: &Places) -> Result<Vec<Service>> {
+    let mut services = Vec::new();
+    for (ways, bits) in numbered(HELD).into_iter().zip([32, 128]) {
+        places.bed().node_a().ns.ip(&format!("addr add {}/{bits} dev lo\n", ways.lb_ip().ip()))?;
+        services.push(with(ways.service(), places.backends(ways.family, &[LOCAL])));
+    }
+    Ok(services)
+}
+
+/// It is served there, and what is no service's is the node's.
+fn an_address_is_the_services_and_the_nodes(asker: &mut Asker) -> Result<()> {
+    in_every_form(|family, protocol| {
+        let at = (Ways { number: HELD, family }).lb_ip();
+        asker.expect(protocol, at, Expected::By(&[LOCAL]))?;
+        asker.expect(protocol, SocketAddr::new(at.ip(), PORT + 1), Expected::Refused)
+    })
+}
+
 const OWNED: &str = "owned_cidrs = [\"10.96.0.0/16\", \"fd00:10:96::/112\"]";
 /// An address that no service has, and one that the node has, in the networks of services.
 const NOBODYS: u8 = 250;
@@ -330,6 +391,8 @@ fn all_services(places: &Places, config: Config) -> Result<Config> {
         services_with_ranges(places),
         services_with_affinity(places),
         services_that_look_alike(places),
+        services_of_hosts(),
+        services_at_addresses_of_the_node(places)?,
     ];
     Ok(services.into_iter().flatten().fold(config, Config::service))
 }
@@ -340,7 +403,9 @@ fn the_rules_hold_beside_each_other() -> TestResult {
     for (family, bits) in [(Family::V4, 32), (Family::V6, 128)] {
         places.bed().node_a().ns.ip(&format!("addr add {}/{bits} dev lo\n", vip(family, NODES)))?;
     }
-    let config = all_services(&places, places.config(Forwarding::Fast, "node").node(OWNED))?;
+    places.complete_checksums()?;
+    let _servers = host_servers(&places)?;
+    let config = all_services(&places, places.config(Forwarding::Fast, "node").xdp("generic").node(OWNED))?;
     places.serve(&config)?;
     places.everywhere(&From::ALL, |asker| {
         what_is_said_of_backends_decides_who_answers(asker)?;
@@ -348,6 +413,8 @@ fn the_rules_hold_beside_each_other() -> TestResult {
         a_client_keeps_its_backend_by_every_way(asker)?;
         a_remembered_backend_is_of_the_set(asker)?;
         ports_that_look_alike_are_different_ones(asker)?;
+        processes_of_nodes_are_backends_too(asker)?;
+        an_address_is_the_services_and_the_nodes(asker)?;
         what_no_service_has_is_nobodys(asker)
     })?;
     a_backend_reaches_itself(places.asker(From::Backend)?)?;
