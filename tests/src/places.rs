@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow};
 
 use crate::cgroup::Cgroup;
 use crate::daemon::{Backend, Config, Forwarding, Netlb};
+use crate::netns::Namespace;
 use crate::servers::{self, Answer, Protocol, Server};
 use crate::sockets::{Client, Errno};
 use crate::topology::{Family, Host, Layout, Plan, Pod, Testbed};
@@ -190,16 +191,20 @@ impl Places {
         self.askers.iter_mut().find(|asker| asker.from == from).context("no such client")
     }
 
-    /// One more client in the place of a pod, or outside, with sockets of its own.
-    pub fn another(&self, from: From) -> Result<Asker> {
-        let like = self.askers.iter().find(|asker| asker.from == from).context("no such client")?;
-        let ns = match from {
+    pub fn namespace(&self, from: From) -> Result<&Namespace> {
+        Ok(match from {
             From::Pod => &self.pods[0].ns,
             From::OtherPod => &self.pods[1].ns,
             From::Backend => &self.pods[2].ns,
             From::Node => &self.bed.node_a().ns,
             From::Outside => self.bed.outside()?,
-        };
+        })
+    }
+
+    /// One more client in the place of a pod, or outside, with sockets of its own.
+    pub fn another(&self, from: From) -> Result<Asker> {
+        let like = self.askers.iter().find(|asker| asker.from == from).context("no such client")?;
+        let ns = self.namespace(from)?;
         let cgroup = (from == From::Node).then_some(&self.cgroup);
         let number = self.others.fetch_add(1, Ordering::Relaxed);
         let port = FIRST_PORT + 10_000 + 200 * number;
@@ -233,6 +238,10 @@ impl Asker {
     /// A client with these addresses, and those of its node.
     pub fn new(from: From, client: Client, own: Vec<IpAddr>, node: Vec<IpAddr>) -> Self {
         Self { from, client, port: FIRST_PORT, own, node }
+    }
+
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
     }
 
     /// One question on a connection of its own.

@@ -173,6 +173,24 @@ fn new_connections_follow_a_change_and_others_stay() -> TestResult {
         new_ones_follow(&mut places, rules).with_context(|| format!("after {change}"))?;
         stay(&mut held).with_context(|| format!("after {change}"))?;
     }
+    for (command, change) in [
+        ("set", "--weight 7"),
+        ("set", "--node b"),
+        ("set", "--node a --hint-zone far"),
+        ("set", "--hint-zone none"),
+        ("drain", ""),
+        ("ready", ""),
+    ] {
+        set_backend(&places, LOCAL, command, change)?;
+        stay(&mut held).with_context(|| format!("after {command} {change}"))?;
+    }
+    for family in Family::BOTH {
+        let (old, new) = (name(family), format!("{}-renamed", name(family)));
+        places.netlb()?.must(["svc", "set", &old, "--name", &new])?;
+        stay(&mut held).context("a name is nothing to a flow")?;
+        places.netlb()?.must(["svc", "set", &new, "--name", &old])?;
+        stay(&mut held).context("nor its old one")?;
+    }
     for affinity in ["client-ip", "none", "client-ip:60"] {
         set(&places, &format!("--affinity {affinity}"))?;
         match affinity {
@@ -200,6 +218,11 @@ fn new_connections_follow_a_change_and_others_stay() -> TestResult {
     stay(&mut held).context("one that is not ready keeps what it has")?;
     set_backend(&places, LOCAL, "set", "--ready=true")?;
     new_ones_follow(&mut places, &[(&From::ALL, cluster_ip, BY_REMOTE)]).context("remembered")?;
+    places.netlb()?.kill()?;
+    stay(&mut held).context("without a daemon")?;
+    places.netlb()?.restart(places.bed().node_a())?;
+    new_ones_follow(&mut places, &[(&From::ALL, cluster_ip, BY_REMOTE)]).context("remembered by the next daemon")?;
+    stay(&mut held).context("with the next daemon")?;
     set(&places, "--affinity none")?;
 
     for backend in BOTH {

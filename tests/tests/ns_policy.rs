@@ -112,13 +112,17 @@ fn keeps_its_address(from: From, backend: &str) -> bool {
     }
 }
 
-/// The addresses and the node port of a family's service with a policy for this way. The other ways have the other policy.
-fn address(way: Way, policy: Policy, family: Family) -> SocketAddr {
+const SNATS: [&str; 2] = ["auto", "always"];
+
+/// The addresses and the node port of a family's service with a policy for this way, and one of [`SNATS`]. The other ways have the other
+/// policy.
+fn address(way: Way, policy: Policy, family: Family, snat: &str) -> SocketAddr {
     let of_service = if way == Way::ClusterIp { policy } else { policy.other() };
     let number = match of_service {
         Policy::Cluster => 1,
         Policy::Local => 2,
     };
+    let number = if snat == SNATS[0] { number } else { number + 2 };
     match way {
         Way::ClusterIp => SocketAddr::new(vip(family, 10 + number), 80),
         Way::ExternalIp => SocketAddr::new(vip(family, 20 + number), 80),
@@ -130,14 +134,15 @@ fn address(way: Way, policy: Policy, family: Family) -> SocketAddr {
 /// A service of both protocols with one policy for its cluster address, and the other one for the rest.
 fn service(places: &Places, internal: Policy, family: Family, snat: &str) -> Service {
     let external = internal.other();
-    let frontend = |protocol| format!("{}/{protocol}", address(Way::ClusterIp, internal, family));
-    let service = Service::without_frontend(&format!("{internal}-{family}"), []);
+    let at = |way, policy| address(way, policy, family, snat);
+    let frontend = |protocol| format!("{}/{protocol}", at(Way::ClusterIp, internal));
+    let service = Service::without_frontend(&format!("{internal}-{snat}-{family}"), []);
     let service = service
         .frontend(frontend("tcp"))
         .frontend(frontend("udp"))
-        .external_ip(address(Way::ExternalIp, external, family).ip())
-        .lb_ip(address(Way::LoadBalancerIp, external, family).ip())
-        .node_port(address(Way::NodePort, external, family).port())
+        .external_ip(at(Way::ExternalIp, external).ip())
+        .lb_ip(at(Way::LoadBalancerIp, external).ip())
+        .node_port(at(Way::NodePort, external).port())
         .internal_traffic_policy(&internal.to_string())
         .external_traffic_policy(&external.to_string())
         .snat(snat);
@@ -166,27 +171,27 @@ fn every_row_of_the_table_holds(forwarding: Forwarding, scope: &str, xdp: &'stat
     if xdp != "off" {
         places.complete_checksums()?;
     }
-    for snat in ["always", "auto"] {
-        let mut config = places.config(forwarding, scope).xdp(xdp);
-        for family in Family::BOTH {
-            for policy in [Policy::Cluster, Policy::Local] {
-                config = config.service(service(&places, policy, family, snat));
+    let mut config = places.config(forwarding, scope).xdp(xdp);
+    for (family, snat) in Family::BOTH.into_iter().flat_map(|family| SNATS.map(|snat| (family, snat))) {
+        for policy in [Policy::Cluster, Policy::Local] {
+            config = config.service(service(&places, policy, family, snat));
+        }
+    }
+    places.serve(&config)?;
+    places.everywhere(from, |asker| {
+        for (protocol, snat) in
+            [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(|protocol| SNATS.map(|snat| (protocol, snat)))
+        {
+            let cells = TABLE.iter().flat_map(|row| row.ways.iter().map(move |way| (row, *way)));
+            for ((row, way), family) in cells.flat_map(|cell| Family::BOTH.map(|family| (cell, family))) {
+                let case = format!("{way:?}, {}, {family}, snat {snat}", row.policy);
+                cell_holds(asker, row, protocol, address(way, row.policy, family, snat), snat).context(case)?;
             }
         }
-        places.serve(&config)?;
-        places.everywhere(from, |asker| {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
-                let cells = TABLE.iter().flat_map(|row| row.ways.iter().map(move |way| (row, *way)));
-                for ((row, way), family) in cells.flat_map(|cell| Family::BOTH.map(|family| (cell, family))) {
-                    let case = format!("{way:?}, {}, {family}, snat {snat}", row.policy);
-                    cell_holds(asker, row, protocol, address(way, row.policy, family), snat).context(case)?;
-                }
-            }
-            Ok(())
-        })?;
-        if xdp != "off" {
-            assert!(places.netlb()?.counter("sent_by_xdp")? > 100, "flows to the other node are XDP's");
-        }
+        Ok(())
+    })?;
+    if xdp != "off" {
+        assert!(places.netlb()?.counter("sent_by_xdp")? > 100, "flows to the other node are XDP's");
     }
     Ok(())
 }

@@ -128,6 +128,24 @@ fn ports_of_the_node_are_served_at_their_addresses_and_no_others() -> TestResult
     Ok(())
 }
 
+/// On a socket that is connected and on one that is not, and IPv4 on a socket of IPv6 as well: it shows the address that was named.
+fn processes_name_it_in_every_form(client: &mut Client, family: Family, ip: IpAddr) -> Result<()> {
+    let mapped = match ip {
+        IpAddr::V4(ip) => Some(IpAddr::from(ip.to_ipv6_mapped())),
+        IpAddr::V6(_) => None,
+    };
+    for (ip, family) in [(Some(ip), family), (mapped, Family::V6)] {
+        let Some(to) = ip.map(|ip| SocketAddr::new(ip, AT_ALL)) else { continue };
+        client.open(family)?;
+        let (from, answer) = client.ask(to, "who").with_context(|| to.to_string())?;
+        assert_eq!((from, &*answer.name), (to, LOCAL));
+        client.connect(Protocol::Tcp, to)??;
+        assert_eq!(client.peer()?, to);
+        assert_eq!(client.ask_peer("who")?.1.name, LOCAL);
+    }
+    Ok(())
+}
+
 /// Containers of a bridge, as Docker has them: one of them serves a published port, which is at the bridge's own address as well; and a
 /// service has an address of the node as an external one.
 #[test]
@@ -169,6 +187,9 @@ fn published_ports_lead_to_containers_of_a_bridge() -> TestResult {
                 at.push((loopback(family), AT_ALL));
             }
             let sees = if matches!(asker.from, From::Node | From::Backend) { Seen::Node } else { Seen::Client };
+            if asker.from == From::Node {
+                processes_name_it_in_every_form(asker.client(), family, loopback(family))?;
+            }
             for ((ip, port), protocol) in at.into_iter().flat_map(|at| [(at, Protocol::Tcp), (at, Protocol::Udp)]) {
                 let to = SocketAddr::new(ip, port);
                 let outcome = asker.ask(protocol, to)?;

@@ -3,11 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use netlb_integration::daemon::{Backend, Config, Forwarding, Service};
 use netlb_integration::exec::{Process, sibling_program};
 use netlb_integration::places::{Asker, ECHO, Expected, From, LOCAL, Outcome, Places, REMOTE, Seen, outside_address};
+use netlb_integration::raw;
 use netlb_integration::servers::Protocol;
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, vip};
@@ -16,6 +18,7 @@ const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 const NOBODY: &[&str] = &[];
 const BOTH: &[&str] = &[LOCAL, REMOTE];
 const PORT: u16 = 80;
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The addresses of a service by its number, and its node port.
 #[derive(Clone, Copy, Debug)]
@@ -385,6 +388,20 @@ fn what_no_service_has_is_nobodys(asker: &mut Asker) -> Result<()> {
     })
 }
 
+/// Whoever asks for an echo from a service's address gets one, whatever kind of address it is.
+fn services_answer_echo_requests(places: &Places) -> Result<()> {
+    for ways in numbered(LOCALS) {
+        for (from, to) in [From::Pod, From::OtherPod, From::Outside]
+            .into_iter()
+            .flat_map(|from| [ways.cluster_ip(), ways.external_ip(), ways.lb_ip()].map(|to| (from, to)))
+        {
+            let pinged = places.namespace(from)?.enter(|| raw::ping(to.ip(), PATIENCE))?;
+            pinged.with_context(|| format!("from {from:?} to {}", to.ip()))?;
+        }
+    }
+    Ok(())
+}
+
 fn all_services(places: &Places, config: Config) -> Result<Config> {
     let services = [
         services_of_states(places)?,
@@ -417,6 +434,7 @@ fn the_rules_hold_beside_each_other() -> TestResult {
         an_address_is_the_services_and_the_nodes(asker)?;
         what_no_service_has_is_nobodys(asker)
     })?;
+    services_answer_echo_requests(&places)?;
     a_backend_reaches_itself(places.asker(From::Backend)?)?;
     Ok(())
 }

@@ -545,11 +545,11 @@ fn a_frontend_of_a_removed_service_moves_by_one_switch() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A])]);
     bench.log();
-    assert_eq!(bench.serve(&[service("renamed", &[WEB], &[A])]), 2);
+    assert_eq!(bench.serve(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]), 2);
     let log = bench.log();
     assert!(!log.contains(&Op::RemoveService(key(WEB))), "{log:?}");
     bench.rest();
-    assert_eq!((bench.used("CONFIGS"), bench.used("FRONTENDS"), bench.used("BACKENDS")), (1, 1, 1));
+    assert_eq!((bench.used("CONFIGS"), bench.used("FRONTENDS"), bench.used("BACKENDS")), (2, 2, 1));
 }
 
 #[test]
@@ -557,11 +557,11 @@ fn a_frontend_ends_where_it_cannot_go_where_it_is_wanted() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A])]);
     bench.maps().broken.insert(key(WEB));
-    let report = bench.apply(&[service("renamed", &[WEB], &[A])]);
-    assert_eq!(report.failed[0].0, "renamed");
+    let report = bench.apply(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]);
+    assert_eq!(report.failed[0].0, "other");
     assert_eq!(bench.log().last(), Some(&Op::RemoveService(key(WEB))));
     bench.maps().broken.clear();
-    bench.serve(&[service("renamed", &[WEB], &[A])]);
+    bench.serve(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]);
     bench.rest();
     assert_eq!(bench.used("BACKENDS"), 1);
 }
@@ -1490,6 +1490,36 @@ fn who_names_an_address_of_the_node_has_it() {
         bench.rest();
         bench.assert_empty();
     }
+}
+
+#[test]
+fn a_service_with_another_name_keeps_what_it_has() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let named = |name: &str, last: u8| {
+        defined(name, |service| {
+            service.frontends.push(DNS.parse().unwrap());
+            service.node_ports.push(node_port("30080/tcp"));
+            service.backends = vec![placed(last, false), placed(9, true)];
+        })
+    };
+    bench.serve(&[named("one", 1)]);
+    let before = (bench.config(DNS), bench.config(NODE_PORT));
+    for name in ["two", "one"] {
+        bench.log();
+        bench.serve(&[named(name, 1)]);
+        assert_eq!((bench.config(DNS), bench.config(NODE_PORT)), before);
+        assert_eq!(bench.backend_flags(name, 1), ACTIVE);
+    }
+    // By a change of these alone, which may change more than the name.
+    let touched = |name: &str, wanted| Touched { name: name.to_owned(), wanted };
+    let report = bench.programmer.apply_touched(&[touched("one", None), touched("three", Some(named("three", 2)))]);
+    assert_eq!(report.failed, []);
+    assert_eq!(bench.config(DNS).service, before.0.service);
+    assert_eq!((bench.backend_flags("three", 9), bench.backend_flags("three", 1)), (ACTIVE | LOCAL, 0));
+    bench.serve(&[]);
+    bench.programmer.set_node(Node::default());
+    bench.rest();
+    bench.assert_empty();
 }
 
 #[test]
