@@ -1,5 +1,5 @@
-//! Rules of services that meet each other: what is said of backends, source ranges, affinity, clients that are their own backend, ports that
-//! look alike, networks of services. Many services at once, asked from every place by both protocols and families.
+//! Rules of services that meet each other: what is said of backends, source ranges, affinity, clients that are their own backend, ports
+//! that look alike, networks of services. Many services at once, asked from every place by both protocols and families.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
