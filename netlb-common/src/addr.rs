@@ -65,6 +65,16 @@ impl Addr {
     pub const fn is_v4(self) -> bool {
         self.0[0] == 0 && self.0[1] & !(0xffff_ffff << MAPPED_SHIFT) == MAPPED
     }
+
+    /// Whether it is a host's own, whatever host it is.
+    #[must_use]
+    pub fn is_loopback(self) -> bool {
+        if self.is_v4() {
+            Address::is_loopback(Ipv4Be::from_map(self))
+        } else {
+            Address::is_loopback(Ipv6Be::from_map(self))
+        }
+    }
 }
 
 /// One address family: what the pipeline is generic over.

@@ -50,7 +50,7 @@ counters! {
     SnatLost "snat_lost" "replies dropped because the flow table lost whose they are",
     SentByXdp "sent_by_xdp" "packets sent out of an interface by XDP, before the kernel saw them",
     SocketsBalanced "sockets_balanced" "sockets that the socket hooks chose a backend for; a datagram socket counts for each service and choice",
-    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend for them, or does not let the node in",
+    SocketsRefused "sockets_refused" "calls of processes refused because the service has no backend for them or no such port, or does not let the node in",
     FragmentsHeld "fragments_held" "fragments that came before their datagram's first one, and were kept until that came",
     FragmentsLost "fragments_lost" "kept fragments dropped: the first one did not come in time, or the kernel had no room for them",
     IcmpTranslated "icmp_translated" "ICMP errors about translated packets, made errors about the packets that were sent",

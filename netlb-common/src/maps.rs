@@ -164,6 +164,8 @@ impl Backend {
     pub const ACCEPTING: u8 = 2;
     /// Is on this node.
     pub const LOCAL: u8 = 4;
+    /// Takes new flows by a policy of local backends alone: it is not in the set of the whole cluster.
+    pub const ONLY_LOCAL: u8 = 8;
 }
 
 /// Element of `FRONTENDS`: what replies are translated back to. Id 0 is none.
@@ -218,7 +220,7 @@ impl RangeKey {
     }
 }
 
-/// Key of `AFFINITY`: a client of a service.
+/// Key of `AFFINITY`: a client of a service. What it has by one protocol says nothing of the other.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 #[repr(C)]
 pub struct AffinityKey {
@@ -226,7 +228,15 @@ pub struct AffinityKey {
     pub client: Addr,
     /// Index in `SERVICE_STATS`.
     pub service: u32,
-    pub pad: u32,
+    pub protocol: u32,
+}
+
+impl AffinityKey {
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(client: Addr, service: u32, protocol: u8) -> Self {
+        Self { client, service, protocol: protocol as u32 }
+    }
 }
 
 /// Value of `AFFINITY`: the backend a client was given last, and when. One word, which is read and written as such.

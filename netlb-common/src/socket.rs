@@ -6,7 +6,7 @@
 
 use crate::{
     addr::{Addr, PortBe},
-    balance::{self, OFFERS, Tables},
+    balance::{self, OFFERS, Tables, Unclaimed},
     counters::Counter,
     maps::{
         Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, NodePortKey, SocketKey, algorithm, family,
@@ -34,9 +34,9 @@ pub enum Outcome {
     Untouched,
     /// A backend's is put in its place.
     Exchanged,
-    /// It is a service's of which no backend takes any.
+    /// It is a service's of which no backend takes any, or that has no such port.
     Nobody,
-    /// The service does not let this node in, or has no backend for it that its policy allows.
+    /// The service does not let this node in, or has no backend for it that its policy allows; or nobody has the address.
     Forbidden,
 }
 
@@ -53,9 +53,13 @@ pub struct Caller {
 /// What the policy of a service says to a call, if it says anything.
 #[inline(always)]
 fn policy(config: &Config, caller: &Caller) -> Option<Outcome> {
-    // Which address the packets of a pod's socket will have is not known here: the packets' path looks at it.
+    // Which address the packets of a pod's socket will have is not known here, and another cannot be given to them: the packets' path does.
     let goes_by_client = config.affinity != 0 || config.algorithm == algorithm::SOURCE_HASH;
-    if !caller.is_node && (config.flags & Config::RANGES != 0 || goes_by_client) {
+    if !caller.is_node && (config.flags & (Config::RANGES | Config::SNAT_PODS) != 0 || goes_by_client) {
+        return Some(Outcome::Untouched);
+    }
+    // A pod's loopback addresses are its own.
+    if !caller.is_node && config.key.addr.is_loopback() {
         return Some(Outcome::Untouched);
     }
     if config.flags & Config::RANGES != 0 && config.flags & Config::RANGES_HAVE_NODE == 0 {
@@ -65,6 +69,20 @@ fn policy(config: &Config, caller: &Caller) -> Option<Outcome> {
         return Some(Outcome::Forbidden);
     }
     None
+}
+
+/// What becomes of an address that no service has. In the networks that are services' or nobody's the node's processes are told by their
+/// calls what others are told by their packets: what the node sends is looked at nowhere else.
+#[inline(always)]
+fn unclaimed<T: Tables>(tables: T, caller: &Caller, named: &EndpointKey) -> Outcome {
+    if !caller.is_node {
+        return Outcome::Untouched;
+    }
+    match balance::unclaimed(&tables, named.addr) {
+        Unclaimed::Elsewhere => Outcome::Untouched,
+        Unclaimed::Service => Outcome::Nobody,
+        Unclaimed::Nobody => Outcome::Forbidden,
+    }
 }
 
 /// A process connects a socket. `backend` is filled in for [`Outcome::Exchanged`].
@@ -84,7 +102,7 @@ pub fn connect<T: Tables>(
         None => {
             // If the socket had this backend from a service before, it is the backend itself that is meant now.
             sockets.forget(&SocketKey::new(caller.cookie, named.addr, named.port, SocketKey::BACKEND));
-            Outcome::Untouched
+            unclaimed(tables, caller, named)
         }
     }
 }
@@ -98,7 +116,7 @@ pub fn send<T: Tables>(
     named: &EndpointKey,
     backend: &mut Counterpart,
 ) -> Outcome {
-    let Some((_, config)) = balance::in_force(&tables, named) else { return Outcome::Untouched };
+    let Some((_, config)) = balance::in_force(&tables, named) else { return unclaimed(tables, caller, named) };
     if let Some(outcome) = policy(config, caller) {
         return outcome;
     }
@@ -169,7 +187,7 @@ fn choose<T: Tables>(
     let Some(record) = tables.backend(chosen) else { return Outcome::Nobody };
     *backend = Counterpart { addr: record.addr, port: record.port, pad: 0, backend: chosen };
     if config.affinity != 0 {
-        let key = AffinityKey { client: Addr::default(), service: config.service, pad: 0 };
+        let key = AffinityKey::new(Addr::default(), config.service, config.key.protocol);
         if !tables.set_affinity(&key, Affinity::new(chosen, caller.now)) {
             sockets.count_event(Counter::AffinityFull);
         }
@@ -215,7 +233,7 @@ mod tests {
     use std::{cell::RefCell, collections::HashMap, vec, vec::Vec};
 
     use super::*;
-    use crate::{flow::HashKey, testing::Maps};
+    use crate::{flow::HashKey, maps::address, testing::Maps};
 
     const COOKIE: u64 = 7;
     const UDP: u8 = udp::PROTOCOL;
@@ -477,6 +495,49 @@ mod tests {
         assert_eq!(node.connect(&service(UDP)), (Outcome::Exchanged, 1));
         node.maps.configs[0].affinity = 100;
         assert_eq!(node.connect(&service(UDP)), (Outcome::Untouched, 0));
+    }
+
+    #[test]
+    fn a_source_that_pods_are_to_have_and_their_loopback_addresses_are_left_to_them() {
+        let mut node = Node::new(TCP);
+        node.maps.configs[0].flags = Config::SNAT_PODS;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        node.caller.is_node = false;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Untouched, 0));
+        node.maps.configs[0].flags = Config::SNAT_OUTSIDE;
+        assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, 1));
+        for loopback in [Addr::from_v4([127, 0, 0, 1]), Addr::from_bytes(std::net::Ipv6Addr::LOCALHOST.octets())] {
+            let config = Config { key: EndpointKey { addr: loopback, ..service(TCP) }, ..node.maps.configs[0] };
+            node.maps = Maps::of(vec![config], node.maps.backends.clone());
+            assert_eq!(node.connect(&config.key), (Outcome::Untouched, 0));
+            node.caller.is_node = true;
+            assert_eq!(node.connect(&config.key), (Outcome::Exchanged, 1));
+            node.caller.is_node = false;
+        }
+    }
+
+    #[test]
+    fn in_networks_of_the_services_the_node_is_told_of_what_nobody_has() {
+        let mut node = Node::new(UDP);
+        node.maps.owned = vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 96];
+        node.maps.addresses = HashMap::from([
+            (service(UDP).addr, address::SERVICE),
+            (Addr::from_v4([10, 96, 0, 200]), address::NODE | address::SERVICE),
+        ]);
+        let of = |node: &Node, octets, port| {
+            let named = EndpointKey::new(Addr::from_v4(octets), PortBe::new(port), UDP);
+            let mut backend = Counterpart::default();
+            let sent = send(&node.maps, node, &node.caller, &named, &mut backend);
+            assert_eq!(node.connect(&named).0, sent, "{octets:?}");
+            sent
+        };
+        assert_eq!(of(&node, [10, 96, 0, 10], 53), Outcome::Exchanged);
+        assert_eq!(of(&node, [10, 96, 0, 10], 54), Outcome::Nobody);
+        assert_eq!(of(&node, [10, 96, 0, 99], 53), Outcome::Forbidden);
+        assert_eq!(of(&node, [10, 96, 0, 200], 53), Outcome::Untouched, "the node's own");
+        assert_eq!(of(&node, [10, 97, 0, 10], 53), Outcome::Untouched, "another network");
+        node.caller.is_node = false;
+        assert_eq!(of(&node, [10, 96, 0, 99], 53), Outcome::Untouched, "a pod's packets are told");
     }
 
     #[test]

@@ -738,13 +738,64 @@ mod tests {
         assert!(
             service(&published.replace("10.0.0.4:80", "10.0.0.4:81")).unwrap_err().contains("but backend 10.0.0.4:81")
         );
-        for publish in ["8080", "0:80", "8080:0", "a:1:2", "224.0.0.1:1:2"] {
-            let error = service(&format!(r#"{{"publish":["{publish}"]}}"#)).unwrap_err();
-            assert!(
-                error.contains("is not [ADDRESS:]PORT:TARGET[/PROTOCOL]") || error.contains("multicast"),
-                "{error}"
-            );
+    }
+
+    /// What is wrong with a text, in words.
+    fn wrong<T: FromStr<Err: ToString>>(text: &str) -> String {
+        text.parse::<T>().map(drop).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn each_part_says_what_is_wrong_with_it() {
+        let frontend = wrong::<Frontend>;
+        assert_eq!(
+            frontend("10.96.0.10:80"),
+            "`10.96.0.10:80` has no protocol; write ADDRESS:PORT/tcp or ADDRESS:PORT/udp"
+        );
+        assert_eq!(
+            frontend("10.96.0.10/tcp"),
+            "`10.96.0.10` is not ADDRESS:PORT; write 10.96.0.10:80 or [fd00::10]:80"
+        );
+        assert_eq!(
+            frontend("fd00::10:80/tcp"),
+            "`fd00::10:80` is not ADDRESS:PORT; write 10.96.0.10:80 or [fd00::10]:80"
+        );
+        assert_eq!(frontend("web:80/tcp"), "`web:80` is not ADDRESS:PORT; write 10.96.0.10:80 or [fd00::10]:80");
+        assert_eq!(frontend("10.96.0.10:0/tcp"), "`10.96.0.10:0` has port 0; a port is 1 to 65535");
+        assert_eq!(frontend("[fd00::10]:70000/udp"), "`[fd00::10]:70000` has port 70000; a port is 1 to 65535");
+        assert_eq!(
+            frontend("10.96.0.10:80/sctp"),
+            "`sctp` in `10.96.0.10:80/sctp` is not a protocol netlb balances; write tcp or udp"
+        );
+        assert_eq!(
+            frontend("0.0.0.0:80/tcp"),
+            "`0.0.0.0:80` is not an address a service or backend can have (unspecified, multicast or broadcast)"
+        );
+        let publish = wrong::<Publish>;
+        let shape =
+            "is not [ADDRESS:]PORT:TARGET[/PROTOCOL]; write 8080:80, 192.0.2.1:8080:80/udp or [2001:db8::1]:8080:80";
+        assert_eq!(publish("8080"), format!("`8080` {shape}"));
+        assert_eq!(publish("0:80"), "`0` in `0:80` is not a port; a port is 1 to 65535");
+        assert_eq!(publish("8080:70000/udp"), "`70000` in `8080:70000/udp` is not a port; a port is 1 to 65535");
+        assert_eq!(publish("192.0.2.1::80"), "`` in `192.0.2.1::80` is not a port; a port is 1 to 65535");
+        assert_eq!(
+            publish("web:8080:80"),
+            "`web` in `web:8080:80` is not an address; write 8080:80, 192.0.2.1:8080:80 or [2001:db8::1]:8080:80"
+        );
+        assert!(publish("224.0.0.1:1:2").contains("is not an address a service or backend can have"));
+        assert!(publish("8080:80/icmp").contains("`icmp` in `8080:80/icmp` is not a protocol"));
+        let affinity = wrong::<Affinity>;
+        for text in ["cookie", "client-ip:", "client-ip:0", "client-ip:86401", "client-ip:60s", "ClientIP"] {
+            let expected =
+                format!("affinity `{text}` is not none, client-ip or client-ip:SECONDS with 1 to 86400 seconds");
+            assert_eq!(affinity(text), expected);
         }
+        assert_eq!(wrong::<TrafficPolicy>("near"), "`near` is not a traffic policy; write cluster or local");
+        assert_eq!(
+            wrong::<SourceRange>("10.0.0.0/33"),
+            "`10.0.0.0/33` is not a network; write 198.51.100.0/24, 2001:db8::/32 or an address"
+        );
+        assert_eq!(wrong::<BackendSpec>("10.0.0.1:70000"), "`10.0.0.1:70000` has port 70000; a port is 1 to 65535");
     }
 
     #[test]

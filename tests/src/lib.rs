@@ -16,6 +16,7 @@ pub mod guardian;
 pub mod lab;
 pub mod load;
 pub mod netns;
+pub mod places;
 pub mod raw;
 pub mod run;
 pub mod servers;

@@ -44,6 +44,17 @@ impl Client {
         Ok(self.tell(&format!("open {family}"))?.map(drop)?)
     }
 
+    /// The same, with a port of its own choice.
+    pub fn open_at(&mut self, family: Family, port: u16) -> Result<()> {
+        let family = if family == Family::V4 { "4" } else { "6" };
+        Ok(self.tell(&format!("open {family} {port}"))?.map(drop)?)
+    }
+
+    /// How long it waits for a connection or an answer; a second at first.
+    pub fn be_patient(&mut self, time: Duration) -> Result<()> {
+        Ok(self.tell(&format!("patience {}", time.as_millis()))?.map(drop)?)
+    }
+
     /// Connects the datagram socket, or a new socket for a stream.
     pub fn connect(&mut self, protocol: Protocol, to: SocketAddr) -> Result<Result<(), Errno>> {
         Ok(self.tell(&format!("connect {} {to}", protocol.name()))?.map(drop))
@@ -67,7 +78,7 @@ impl Client {
         Ok(self.tell(&format!("sendto {to} {what}"))?.map(drop))
     }
 
-    /// The next datagram or line of an echo server: its sender and what it says. It waits for a second.
+    /// The next datagram or line of an echo server: its sender and what it says.
     pub fn receive(&mut self) -> Result<Result<(SocketAddr, Answer), Errno>> {
         let answer = match self.tell("recv")? {
             Ok(answer) => answer,

@@ -14,6 +14,9 @@ use netlb_integration::topology::{Family, Host, Layout, Plan, Pod, Testbed, vip}
 
 const PORT: u16 = 30_080;
 const FREE: u16 = 30_081;
+/// Published for TCP at all addresses, and for UDP at the one on the underlay.
+const PUBLISHED: u16 = 30_082;
+const AT_UNDERLAY: u16 = 30_083;
 
 /// A node with a pod and two services with a node port, one by family.
 struct Bed {
@@ -37,7 +40,9 @@ impl Bed {
             config = config.service(
                 Service::new(&format!("web-{family}"), format!("{frontend}/tcp"), [backend])
                     .node_port(format!("{PORT}/tcp"))
-                    .node_port(format!("{PORT}/udp")),
+                    .node_port(format!("{PORT}/udp"))
+                    .publish(format!("{PUBLISHED}:8080"))
+                    .publish(format!("{}:8080/udp", SocketAddr::new(Host::A.underlay_address(family), AT_UNDERLAY))),
             );
         }
         config = config.extra(&format!("\n[socket]\nscope = \"{scope}\"\ncgroup = {:?}\n", cgroup.path()));
@@ -82,6 +87,11 @@ fn a_node_port_in_use_is_not_bound() -> TestResult {
                 let what = || format!("{scope}, {}, {ip}", protocol.name());
                 assert_eq!(node.bind(protocol, at(PORT))?, in_use(), "{}", what());
                 assert_eq!(node.bind(protocol, at(FREE))?, Ok(()), "{}", what());
+                let published = if protocol == Protocol::Tcp { in_use() } else { Ok(()) };
+                assert_eq!(node.bind(protocol, at(PUBLISHED))?, published, "{}", what());
+                let is_there = protocol == Protocol::Udp && !ip.to_canonical().is_loopback();
+                let at_underlay = if is_there { in_use() } else { Ok(()) };
+                assert_eq!(node.bind(protocol, at(AT_UNDERLAY))?, at_underlay, "{}", what());
             }
             // An address that the port is not served at.
             assert_eq!(node.bind(protocol, SocketAddr::new("127.0.0.2".parse()?, PORT))?, Ok(()));
@@ -104,17 +114,17 @@ fn a_port_is_free_when_its_service_is_gone() -> TestResult {
     assert_eq!(node.bind(Protocol::Tcp, any)?, Err(Errno("EADDRINUSE".to_owned())));
     assert_eq!(node.bind(Protocol::Udp, any)?, Ok(()), "another protocol");
     assert_eq!(node.bind(Protocol::Tcp, SocketAddr::new("::1".parse()?, FREE))?, Ok(()), "the other family");
-    assert_eq!(bed.reserved()?, "9000,30080-30081,30090-30092");
+    assert_eq!(bed.reserved()?, "9000,30080-30083,30090-30092");
     bed.netlb.must(["svc", "rm", "late"])?;
     assert_eq!(node.bind(Protocol::Tcp, any)?, Ok(()));
-    assert_eq!(bed.reserved()?, "9000,30080,30090-30092");
+    assert_eq!(bed.reserved()?, "9000,30080,30082-30083,30090-30092");
     Ok(())
 }
 
 #[test]
 fn node_ports_are_reserved_until_cleanup() -> TestResult {
     let bed = Bed::start("off")?;
-    let reserved = "9000,30080,30090-30092";
+    let reserved = "9000,30080,30082-30083,30090-30092";
     assert_eq!(bed.reserved()?, reserved);
     bed.netlb.kill()?;
     assert_eq!(bed.reserved()?, reserved, "traffic goes on, and so does this");
@@ -122,7 +132,7 @@ fn node_ports_are_reserved_until_cleanup() -> TestResult {
     assert_eq!(bed.reserved()?, reserved);
     bed.netlb.kill()?;
     let said = bed.netlb.cleanup().and_then(Output::success)?.stdout;
-    assert!(said.contains("ended the reservation of port 30080\n"), "{said}");
+    assert!(said.contains("ended the reservation of port 30080,30082-30083\n"), "{said}");
     assert_eq!(bed.reserved()?, "9000,30090-30092");
     Ok(())
 }

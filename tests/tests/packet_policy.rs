@@ -249,7 +249,7 @@ fn a_client_keeps_its_backend_whatever_its_ports_and_frontends() -> TestResult {
             assert_eq!(kept.len(), 20, "{case}");
             for (key, affinity) in kept {
                 let backend = lab.harness.backend(affinity.backend());
-                assert_eq!((backend.service, key.pad), (first.service, 0), "{case}");
+                assert_eq!((backend.service, key.protocol), (first.service, case.protocol.number().into()), "{case}");
             }
         }
     }
@@ -264,7 +264,7 @@ fn a_remembered_backend_goes_before_the_ring_while_it_is_of_use() -> TestResult 
         lab.begin([case.service(&[1, 2, 3])]);
         lab.configure(case, case.vip(80), |config| config.affinity = 100);
         let service = lab.config(case, case.vip(80)).service;
-        let key = AffinityKey { client: addr(case.client(0).ip()), service, pad: 0 };
+        let key = AffinityKey::new(addr(case.client(0).ip()), service, case.protocol.number());
         let mut port = 40000;
         let mut next = |lab: &Lab| {
             port += 1;

@@ -278,13 +278,16 @@ pub(crate) fn member_id(tables: impl Tables, config: &Config, member: u32) -> Op
 /// The backend that a client had last, or 0. One that is of no use any more is forgotten.
 #[inline(always)]
 pub(crate) fn remembered(tables: impl Tables, config: &Config, client: Addr, now: Ticks) -> u32 {
-    let key = AffinityKey { client, service: config.service, pad: 0 };
+    let key = AffinityKey::new(client, config.service, config.key.protocol);
     let Some(affinity) = tables.affinity(&key) else { return 0 };
     let id = affinity.backend();
     let is_usable = !affinity.is_expired(now, config.affinity)
         && tables.backend(id).is_some_and(|backend| {
-            let wanted = Backend::ACCEPTING | if config.flags & Config::LOCAL != 0 { Backend::LOCAL } else { 0 };
-            backend.service == config.service && backend.flags & wanted == wanted
+            // Of the set that the record chooses from: another one may have it for another way to the service.
+            let is_local = config.flags & Config::LOCAL != 0;
+            let asked = Backend::ACCEPTING | if is_local { Backend::LOCAL } else { Backend::ONLY_LOCAL };
+            let wanted = Backend::ACCEPTING | if is_local { Backend::LOCAL } else { 0 };
+            backend.service == config.service && backend.flags & asked == wanted
         });
     if is_usable {
         return id;
@@ -300,7 +303,7 @@ pub fn remember<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lo
     if data == Data::NONE || data.direction() != Direction::Forward {
         return;
     }
-    let key = AffinityKey { client: packet.tuple.source.to_map(), service, pad: 0 };
+    let key = AffinityKey::new(packet.tuple.source.to_map(), service, packet.tuple.protocol);
     if !tables.set_affinity(&key, Affinity::new(data.id(), lookup.now)) {
         tables.count(Counter::AffinityFull);
     }

@@ -104,6 +104,7 @@ impl Reach<Ipv4Be> for Direct {
     }
 }
 
+const TCP: u8 = 6;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
@@ -185,7 +186,7 @@ fn where_all_drain_flows_are_rejected_and_a_conflict_drops_them() {
 fn a_client_keeps_its_backend_until_that_is_of_no_use() {
     let mut node = node();
     node.configs[0].affinity = 100;
-    let key = AffinityKey { client: Node::packet(0, SYN).tuple.source.to_map(), service: 4, pad: 0 };
+    let key = AffinityKey::new(Node::packet(0, SYN).tuple.source.to_map(), 4, TCP);
     let mut port = 40000;
     let mut next = |node: &Node| {
         port += 1;
@@ -219,8 +220,18 @@ fn a_client_keeps_its_backend_until_that_is_of_no_use() {
     node.backends[other as usize].flags |= Backend::LOCAL;
     set(&node, other, NOW.0);
     assert_eq!(next(&node), other_addr, "on this node");
+    node.configs[0].flags = 0;
+    node.backends[other as usize].flags |= Backend::ONLY_LOCAL;
+    set(&node, other, NOW.0);
+    assert_eq!(next(&node), of_ring, "only in the set of another way");
+    node.configs[0].flags = Config::LOCAL;
+    set(&node, other, NOW.0);
+    assert_eq!(next(&node), other_addr, "by that way");
     set(&node, 77, NOW.0);
     assert_eq!(next(&node), of_ring, "nobody's id");
+    node.affinity.borrow_mut().clear();
+    node.affinity.borrow_mut().insert(AffinityKey::new(key.client, 4, 17), Affinity::new(other, NOW));
+    assert_eq!(next(&node), of_ring, "by another protocol");
 }
 
 #[test]
@@ -228,7 +239,7 @@ fn an_unusable_backend_is_forgotten_and_no_room_is_no_harm() {
     let mut node = node();
     node.configs[0].affinity = 100;
     let packet = Node::packet(40000, SYN);
-    let key = AffinityKey { client: packet.tuple.source.to_map(), service: 4, pad: 0 };
+    let key = AffinityKey::new(packet.tuple.source.to_map(), 4, TCP);
     node.affinity.borrow_mut().insert(key, Affinity::new(2, Ticks(NOW.0 - 500)));
     node.select(&packet, false);
     assert!(node.affinity.borrow().is_empty());

@@ -294,7 +294,8 @@ impl<M: Maps> Programmer<M> {
     }
 
     /// Removes services and programs others.
-    fn carry_out(&mut self, mut pending: Vec<Arc<Service>>, unwanted: Vec<u32>) -> ApplyReport {
+    fn carry_out(&mut self, mut pending: Vec<Arc<Service>>, mut unwanted: Vec<u32>) -> ApplyReport {
+        self.rename(&pending, &mut unwanted);
         let mut report = ApplyReport::default();
         let node = Arc::clone(&self.node);
         self.add_concerned(&mut pending, &unwanted);
@@ -453,6 +454,31 @@ impl<M: Maps> Programmer<M> {
                     break;
                 }
             }
+        }
+    }
+
+    /// A service that comes with all the ways to one that goes is that one with another name: what it has, it keeps.
+    fn rename(&mut self, pending: &[Arc<Service>], unwanted: &mut Vec<u32>) {
+        let is_new = |service: &&Arc<Service>| !self.names.contains_key(service.name());
+        let new: Vec<_> = pending.iter().filter(is_new).collect();
+        if new.is_empty() || unwanted.is_empty() {
+            return;
+        }
+        let mut leaving = HashMap::with_capacity(unwanted.len());
+        for index in &*unwanted {
+            if let Some(State::As(service)) = self.services.get(*index).map(|entry| &entry.programmed) {
+                leaving.insert(service.claims().collect::<Vec<_>>(), *index);
+            }
+        }
+        for service in new {
+            let Some(index) = leaving.remove(&service.claims().collect::<Vec<_>>()) else { continue };
+            let Some(entry) = self.services.get_mut(index) else { continue };
+            entry.wanted = self.round;
+            if let Some(old) = entry.name.replace(service.name().to_owned()) {
+                self.names.remove(&old);
+            }
+            self.names.insert(service.name().to_owned(), index);
+            unwanted.retain(|other| *other != index);
         }
     }
 

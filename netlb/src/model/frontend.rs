@@ -70,8 +70,8 @@ pub enum FrontendError {
     Protocol { text: String, protocol: String },
     #[error("`{0}` is not ADDRESS:PORT; write 10.96.0.10:80 or [fd00::10]:80")]
     Address(String),
-    #[error("`{0}` has port 0; a port is 1 to 65535")]
-    PortZero(String),
+    #[error("`{text}` has port {port}; a port is 1 to 65535")]
+    PortRange { text: String, port: String },
     #[error("`{0}` is not PORT or PORT/PROTOCOL; a port is 1 to 65535")]
     Port(String),
     #[error("`{0}` is not an address a service or backend can have (unspecified, multicast or broadcast)")]
@@ -80,10 +80,19 @@ pub enum FrontendError {
 
 /// Reads `ADDRESS:PORT` for a frontend or a backend.
 pub fn parse_endpoint(text: &str) -> Result<SocketAddr, FrontendError> {
-    let address: SocketAddr = text.parse().map_err(|_| FrontendError::Address(text.to_owned()))?;
+    let out_of_range = |port: &str| FrontendError::PortRange { text: text.to_owned(), port: port.to_owned() };
+    let address: SocketAddr = text.parse().map_err(|_| match text.rsplit_once(':') {
+        // All but the size of the number is right.
+        Some((address, port))
+            if port.parse::<u64>().is_ok() && format!("{address}:1").parse::<SocketAddr>().is_ok() =>
+        {
+            out_of_range(port)
+        }
+        _ => FrontendError::Address(text.to_owned()),
+    })?;
     let address = SocketAddr::new(address.ip().to_canonical(), address.port());
     if address.port() == 0 {
-        return Err(FrontendError::PortZero(text.to_owned()));
+        return Err(out_of_range("0"));
     }
     check_unicast(address.ip(), text)?;
     Ok(address)
@@ -196,6 +205,10 @@ pub enum PublishError {
         "`{0}` is not [ADDRESS:]PORT:TARGET[/PROTOCOL]; write 8080:80, 192.0.2.1:8080:80/udp or [2001:db8::1]:8080:80"
     )]
     Shape(String),
+    #[error("`{port}` in `{text}` is not a port; a port is 1 to 65535")]
+    Port { text: String, port: String },
+    #[error("`{address}` in `{text}` is not an address; write 8080:80, 192.0.2.1:8080:80 or [2001:db8::1]:8080:80")]
+    Address { text: String, address: String },
     #[error(transparent)]
     Frontend(#[from] FrontendError),
 }
@@ -210,14 +223,16 @@ impl FromStr for Publish {
             Some((ports, protocol)) => (ports, protocol_of(text, protocol)?),
         };
         let (rest, target) = ports.rsplit_once(':').ok_or_else(shape)?;
-        let target = target.parse().map_err(|_| shape())?;
-        let port = |text: &str| text.parse().map_err(|_| shape());
+        let port =
+            |port: &str| port.parse().map_err(|_| PublishError::Port { text: text.to_owned(), port: port.to_owned() });
+        let target = port(target)?;
         let (address, port) = match rest.rsplit_once(':') {
             None => (None, port(rest)?),
             Some((address, number)) => {
                 let address =
                     address.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(address);
-                let address = address.parse::<IpAddr>().map_err(|_| shape())?.to_canonical();
+                let is_not = |_| PublishError::Address { text: text.to_owned(), address: address.to_owned() };
+                let address = address.parse::<IpAddr>().map_err(is_not)?.to_canonical();
                 // As with Docker, the unspecified address means all.
                 let address = (!address.is_unspecified()).then_some(address);
                 address.map_or(Ok(()), |address| check_unicast(address, text))?;

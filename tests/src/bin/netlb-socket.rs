@@ -8,14 +8,14 @@ use anyhow::{Result, bail};
 use netlb_integration::dns;
 use nix::errno::Errno;
 
-/// For a connection, and for a datagram.
+/// For a connection, and for an answer, until something else is said.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 fn main() -> Result<()> {
-    let mut socket = None;
+    let (mut socket, mut patience) = (None, PATIENCE);
     let mut out = io::stdout().lock();
     for line in io::stdin().lock().lines() {
-        match obey(&mut socket, &line?) {
+        match obey(&mut socket, &mut patience, &line?) {
             Ok(said) => writeln!(out, "ok {said}")?,
             Err(error) => match error.downcast_ref::<io::Error>() {
                 Some(error) => writeln!(out, "error {}", name(error))?,
@@ -32,21 +32,23 @@ enum Socket {
     Datagrams(UdpSocket),
 }
 
-fn obey(socket: &mut Option<Socket>, line: &str) -> Result<String> {
+fn obey(socket: &mut Option<Socket>, patience: &mut Duration, line: &str) -> Result<String> {
     let words: Vec<_> = line.split(' ').collect();
     match (words.as_slice(), socket.as_ref()) {
-        (["open", family], _) => {
+        (["patience", millis], _) => *patience = Duration::from_millis(millis.parse()?),
+        (["open", family, port @ ..], _) => {
+            let port = port.first().map_or(Ok(0), |port| port.parse())?;
             let any = match *family {
-                "4" => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-                _ => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+                "4" => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+                _ => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
             };
             let opened = UdpSocket::bind(any)?;
-            opened.set_read_timeout(Some(PATIENCE))?;
+            opened.set_read_timeout(Some(*patience))?;
             *socket = Some(Socket::Datagrams(opened));
         }
         (["connect", "tcp", to], _) => {
-            let stream = TcpStream::connect_timeout(&to.parse()?, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = TcpStream::connect_timeout(&to.parse()?, *patience)?;
+            stream.set_read_timeout(Some(*patience))?;
             *socket = Some(Socket::Stream(stream));
         }
         (["connect", "udp", to], Some(Socket::Datagrams(socket))) => socket.connect(to.parse::<SocketAddr>()?)?,

@@ -166,7 +166,9 @@ impl<M: Maps> Programmer<M> {
         let Some(entry) = self.services.get_mut(change.service) else { return Ok(()) };
         if let Some(id) = entry.backends.get(&key).copied() {
             let before = self.backends.get(id).map_or(0, |backend| backend.flags);
-            if self.set_flags(id, before | flags) {
+            // What forbids comes with the last step, and goes with the first.
+            let forbids = Backend::ONLY_LOCAL & !(before & flags);
+            if self.set_flags(id, (before | flags) & !forbids) {
                 change.raised.push((id, before));
             }
             return Ok(());
@@ -364,7 +366,7 @@ impl<M: Maps> Programmer<M> {
                 self.waiting.frontends.remove(id);
             }
         }
-        // Where nobody serves, datagrams have nowhere better to go: they stay where they are.
+        // Where nobody serves, datagrams have nowhere better to go: they stay where they are, with whoever stopped first as well.
         let kept = if flags.iter().any(|flags| flags & Backend::SERVING != 0) { 0 } else { Backend::SERVING };
         let service = plan.service;
         for protocol in plan.protocols() {
@@ -372,7 +374,7 @@ impl<M: Maps> Programmer<M> {
                 let key = endpoint_key(backend.address, protocol);
                 let id = self.services.get(index).and_then(|entry| entry.backends.get(&key)).copied();
                 if let Some(id) = id {
-                    changed |= self.set_flags(id, flags | self.flags(id) & kept);
+                    changed |= self.set_flags(id, flags | kept);
                     self.set_weight(id, backend.weight.get());
                     self.waiting.backends.remove(&id);
                 }

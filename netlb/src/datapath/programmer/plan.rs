@@ -141,6 +141,7 @@ impl<'a> Plan<'a> {
             // Who is given flows though he is said not to serve has to keep them.
             let serves = backend.conditions.serving || accepts;
             (if accepts { Backend::ACCEPTING } else { 0 })
+                | (if accepts && !in_cluster && self.uses(Set::Cluster) { Backend::ONLY_LOCAL } else { 0 })
                 | (if serves { Backend::SERVING } else { 0 })
                 | (if backend.is_on(&node.name) { Backend::LOCAL } else { 0 })
         });

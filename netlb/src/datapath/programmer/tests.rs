@@ -545,11 +545,11 @@ fn a_frontend_of_a_removed_service_moves_by_one_switch() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A])]);
     bench.log();
-    assert_eq!(bench.serve(&[service("renamed", &[WEB], &[A])]), 2);
+    assert_eq!(bench.serve(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]), 2);
     let log = bench.log();
     assert!(!log.contains(&Op::RemoveService(key(WEB))), "{log:?}");
     bench.rest();
-    assert_eq!((bench.used("CONFIGS"), bench.used("FRONTENDS"), bench.used("BACKENDS")), (1, 1, 1));
+    assert_eq!((bench.used("CONFIGS"), bench.used("FRONTENDS"), bench.used("BACKENDS")), (2, 2, 1));
 }
 
 #[test]
@@ -557,11 +557,11 @@ fn a_frontend_ends_where_it_cannot_go_where_it_is_wanted() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A])]);
     bench.maps().broken.insert(key(WEB));
-    let report = bench.apply(&[service("renamed", &[WEB], &[A])]);
-    assert_eq!(report.failed[0].0, "renamed");
+    let report = bench.apply(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]);
+    assert_eq!(report.failed[0].0, "other");
     assert_eq!(bench.log().last(), Some(&Op::RemoveService(key(WEB))));
     bench.maps().broken.clear();
-    bench.serve(&[service("renamed", &[WEB], &[A])]);
+    bench.serve(&[service("other", &[WEB, "10.96.0.10:443/tcp"], &[A])]);
     bench.rest();
     assert_eq!(bench.used("BACKENDS"), 1);
 }
@@ -1304,6 +1304,30 @@ fn each_policy_has_its_records_and_rings() {
     bench.assert_empty();
 }
 
+/// A client that came to it by the local policy does not keep it where it is none of the backends there are to choose from.
+#[test]
+fn backends_of_the_local_set_alone_are_known() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let leaving = |is_leaving: bool| {
+        shop(|shop| {
+            shop.external_traffic_policy = TrafficPolicy::Local;
+            shop.backends[0].conditions =
+                model::Conditions { ready: !is_leaving, serving: true, terminating: is_leaving };
+        })
+    };
+    for _ in 0..2 {
+        bench.serve(&[leaving(true)]);
+        assert_eq!(
+            (bench.hosts(&bench.config(WEB)), bench.hosts(&bench.outside(NODE_PORT).unwrap())),
+            ([2].into(), [1].into())
+        );
+        let flags = ACTIVE | LOCAL | Backend::ONLY_LOCAL;
+        assert_eq!((bench.backend_flags("shop", 1), bench.backend_flags("shop", 2)), (flags, ACTIVE));
+        bench.serve(&[leaving(false)]);
+        assert_eq!((bench.backend_flags("shop", 1), bench.backend_flags("shop", 2)), (ACTIVE | LOCAL, ACTIVE));
+    }
+}
+
 #[test]
 fn an_empty_set_drops_and_nobody_rejects() {
     let mut bench = Bench::at(node(&["198.51.100.1"]));
@@ -1469,6 +1493,36 @@ fn who_names_an_address_of_the_node_has_it() {
 }
 
 #[test]
+fn a_service_with_another_name_keeps_what_it_has() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    let named = |name: &str, last: u8| {
+        defined(name, |service| {
+            service.frontends.push(DNS.parse().unwrap());
+            service.node_ports.push(node_port("30080/tcp"));
+            service.backends = vec![placed(last, false), placed(9, true)];
+        })
+    };
+    bench.serve(&[named("one", 1)]);
+    let before = (bench.config(DNS), bench.config(NODE_PORT));
+    for name in ["two", "one"] {
+        bench.log();
+        bench.serve(&[named(name, 1)]);
+        assert_eq!((bench.config(DNS), bench.config(NODE_PORT)), before);
+        assert_eq!(bench.backend_flags(name, 1), ACTIVE);
+    }
+    // By a change of these alone, which may change more than the name.
+    let touched = |name: &str, wanted| Touched { name: name.to_owned(), wanted };
+    let report = bench.programmer.apply_touched(&[touched("one", None), touched("three", Some(named("three", 2)))]);
+    assert_eq!(report.failed, []);
+    assert_eq!(bench.config(DNS).service, before.0.service);
+    assert_eq!((bench.backend_flags("three", 9), bench.backend_flags("three", 1)), (ACTIVE | LOCAL, 0));
+    bench.serve(&[]);
+    bench.programmer.set_node(Node::default());
+    bench.rest();
+    bench.assert_empty();
+}
+
+#[test]
 fn datagrams_move_when_their_backend_stops_serving_and_stay_where_nobody_serves() {
     let mut bench = Bench::at(node(&[]));
     let serve = |bench: &mut Bench, backends: Vec<model::Backend>| {
@@ -1496,7 +1550,15 @@ fn datagrams_move_when_their_backend_stops_serving_and_stay_where_nobody_serves(
     assert_eq!((bench.backend_flags("dns", 1), bench.config(DNS).ring_len), (Backend::SERVING, 0));
     serve(&mut bench, vec![when(two.clone(), false, false, false)]);
     assert_eq!(bench.backend_flags("dns", 1), Backend::SERVING);
-    serve(&mut bench, vec![two]);
+    serve(&mut bench, vec![two.clone()]);
+    assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (0, ACTIVE));
+    // One after the other, as those who watch them say it.
+    serve(&mut bench, vec![one.clone(), two.clone()]);
+    serve(&mut bench, vec![when(one.clone(), false, false, false), two.clone()]);
+    assert_eq!(bench.backend_flags("dns", 1), 0);
+    serve(&mut bench, vec![when(one.clone(), false, false, false), when(two.clone(), false, false, false)]);
+    assert_eq!([1, 2].map(|last| bench.backend_flags("dns", last)), [Backend::SERVING; 2]);
+    serve(&mut bench, vec![when(one, false, false, false), two]);
     assert_eq!((bench.backend_flags("dns", 1), bench.backend_flags("dns", 2)), (0, ACTIVE));
     bench.serve(&[]);
     bench.rest();
@@ -1598,7 +1660,7 @@ fn clients_are_forgotten_when_their_time_is_over() {
     let backend = bench.maps().members(config.members, 1)[0];
     let now = bench.clock.now();
     let remember = |bench: &mut Bench, last: u8, service, backend| {
-        let key = AffinityKey { client: Addr::from_v4([10, 1, 1, last]), service, pad: 0 };
+        let key = AffinityKey::new(Addr::from_v4([10, 1, 1, last]), service, 6);
         bench.maps().affinities.push((key, Affinity::new(backend, now)));
     };
     remember(&mut bench, 1, config.service, backend);
