@@ -86,16 +86,18 @@ impl std::fmt::Debug for Request {
 }
 
 impl Control {
-    /// Programs everything once, then starts the loop. The thread ends after [`Control::stop`].
-    pub fn start(start: Start) -> io::Result<(Self, JoinHandle<()>)> {
+    /// Programs everything once, then starts the loop. The thread ends after [`Control::stop`], or when the data plane cannot begin.
+    pub fn start(start: Start) -> io::Result<(Self, JoinHandle<anyhow::Result<()>>)> {
         let (requests, receiver) = mpsc::channel(QUEUE);
         let ready = Arc::new(AtomicBool::new(false));
         let mut worker = Worker::new(start);
         let is_ready = Arc::clone(&ready);
         let thread = std::thread::Builder::new().name("control".to_owned()).spawn(move || {
             worker.program();
+            worker.dataplane().begin()?;
             is_ready.store(true, Ordering::Release);
             worker.run(receiver);
+            Ok(())
         })?;
         Ok((Self { requests, ready }, thread))
     }
@@ -130,6 +132,12 @@ impl Control {
     pub async fn service(&self, reference: &str) -> Result<ServiceView, ControlError> {
         let reference = reference.to_owned();
         Ok(self.work(move |worker| worker.service(&reference)).await??)
+    }
+
+    /// A service that was changed just now. Its flows may be counted as they were a second ago.
+    pub async fn changed_service(&self, reference: &str) -> Result<ServiceView, ControlError> {
+        let reference = reference.to_owned();
+        Ok(self.work(move |worker| worker.changed_service(&reference)).await??)
     }
 
     /// Flows of one service, or of all.

@@ -6,6 +6,7 @@
 
 use std::{
     path::PathBuf,
+    thread::JoinHandle,
     time::{Duration, SystemTime},
 };
 
@@ -20,7 +21,7 @@ use self::{
 use crate::{
     api,
     config::{Config, ConfigError},
-    control::{Control, Reload, Start},
+    control::{Control, ControlError, Reload, Start},
     datapath::kernel::Datapath,
     dataplane::Dataplane,
     desired::DesiredState,
@@ -112,7 +113,10 @@ impl Daemon {
         let start = Start { dataplane, desired, store, reload };
         let (control, thread) = Control::start(start).context("cannot start the control thread")?;
         // Answered once everything is programmed.
-        let status = control.status().await?;
+        let status = match control.status().await {
+            Err(ControlError::Stopping) => return join(thread).await.and(Err(ControlError::Stopping.into())),
+            status => status?,
+        };
 
         let listener = socket.listen()?;
         let (stop, stopped) = watch::channel(false);
@@ -151,11 +155,15 @@ impl Daemon {
         }
         socket.remove();
         control.stop().await;
-        let joined =
-            tokio::task::spawn_blocking(move || thread.join()).await.context("cannot wait for the control thread")?;
-        anyhow::ensure!(joined.is_ok(), "the control thread panicked");
-        Ok(())
+        join(thread).await
     }
+}
+
+/// What came of the control thread.
+async fn join(thread: JoinHandle<anyhow::Result<()>>) -> anyhow::Result<()> {
+    let joined =
+        tokio::task::spawn_blocking(move || thread.join()).await.context("cannot wait for the control thread")?;
+    joined.unwrap_or_else(|_| anyhow::bail!("the control thread panicked"))
 }
 
 /// When to read the file again.

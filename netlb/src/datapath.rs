@@ -30,6 +30,8 @@ pub struct Sizes {
     /// Elements of `CONFIGS`: more than frontends, since an old record stays until no packet reads it.
     pub configs: u32,
     pub frontends: u32,
+    /// Numbers of services: more than there can be, since one that is removed keeps its number until its flows are gone.
+    pub numbers: u32,
     pub backends: u32,
     /// Entries of `OWNERS`.
     pub owners: u32,

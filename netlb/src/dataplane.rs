@@ -189,10 +189,18 @@ pub struct DataplaneStatus {
 pub trait Dataplane: Send {
     /// Makes the data plane serve exactly these services. Idempotent; a failure stays with its service.
     fn apply(&mut self, desired: &[Desired]) -> ApplyReport;
-    /// The same for some services: all others stay as they are, and cost nothing.
+    /// To be called once, after the first apply: from here on packets see what is served. An error ends the start.
+    fn begin(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+    /// As [`apply`](Self::apply) for some services: all others stay as they are, and cost nothing.
     fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport;
     /// The counters of the services with these names, in their order; unknown names give zeroes.
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats>;
+    /// The same for the answer to a change: flows may be counted as they were a second ago.
+    fn recent_stats(&mut self, services: &[&str]) -> Vec<ServiceStats> {
+        self.stats(services)
+    }
     fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow>;
     fn count_flows(&self, filter: &FlowFilter) -> u64;
     /// Removes flows and says how many they were.

@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeSet,
-    io,
+    fmt, io,
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::{self, JoinHandle},
     time::Duration,
@@ -73,12 +73,25 @@ pub(crate) struct Status {
     pub(crate) facts: Facts,
 }
 
+struct Begin {
+    /// What attaches programs.
+    hooks: Box<dyn Hooks>,
+    /// To be dropped when everything is attached.
+    begun: mpsc::Sender<()>,
+}
+
+impl fmt::Debug for Begin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Begin").finish_non_exhaustive()
+    }
+}
+
 /// The thread that follows them. On drop it ends, and what is attached stays.
 #[derive(Debug)]
 pub(crate) struct Interfaces {
     status: Arc<Mutex<Status>>,
-    /// Sent to once: what to drop when everything is attached.
-    attach: Option<oneshot::Sender<mpsc::Sender<()>>>,
+    /// Sent to once.
+    attach: Option<oneshot::Sender<Begin>>,
     /// Dropped to end the thread.
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -86,12 +99,12 @@ pub(crate) struct Interfaces {
 
 impl Interfaces {
     /// Opens the connections to the kernel and asks for addresses, and does nothing more before [`attach`](Self::attach).
-    pub(crate) fn open(node: &Node, hooks: Box<dyn Hooks>) -> anyhow::Result<Self> {
+    pub(crate) fn open(node: &Node) -> anyhow::Result<Self> {
         let status = Arc::new(Mutex::new(Status::default()));
         let (attach, attached) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
         let (opened, is_open) = mpsc::channel();
-        let (node, follower) = (node.clone(), Follower::new(node.clone(), hooks));
+        let node = node.clone();
         let shared = Arc::clone(&status);
         let run = move || {
             let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
@@ -111,7 +124,7 @@ impl Interfaces {
                 // Whoever waits for it is waiting still.
                 drop(opened.send(Ok(())));
                 tokio::select! {
-                    () = follow(follower, netlink, attached, &shared) => {}
+                    () = follow(node, netlink, attached, &shared) => {}
                     _ = stopped => {}
                 }
             });
@@ -126,9 +139,9 @@ impl Interfaces {
     }
 
     /// Attaches the programs to the interfaces that are there, and to others as they come. Returns when the former is done.
-    pub(crate) fn attach(&mut self) {
-        let (done, is_done) = mpsc::channel();
-        if self.attach.take().is_some_and(|attach| attach.send(done).is_ok()) {
+    pub(crate) fn attach(&mut self, hooks: Box<dyn Hooks>) {
+        let (begun, is_done) = mpsc::channel();
+        if self.attach.take().is_some_and(|attach| attach.send(Begin { hooks, begun }).is_ok()) {
             // Nothing is sent: the other end is dropped when it is done.
             let _ = is_done.recv();
         }
@@ -150,14 +163,10 @@ impl Drop for Interfaces {
 }
 
 /// Follows interfaces for ever, once told to begin.
-async fn follow(
-    mut follower: Follower,
-    mut netlink: Netlink,
-    begin: oneshot::Receiver<mpsc::Sender<()>>,
-    status: &Mutex<Status>,
-) {
+async fn follow(node: Node, mut netlink: Netlink, begin: oneshot::Receiver<Begin>, status: &Mutex<Status>) {
     let publish = |follower: &Follower| publish(status, |status| *status = follower.status());
-    let Ok(begun) = begin.await else { return };
+    let Ok(Begin { hooks, begun }) = begin.await else { return };
+    let mut follower = Follower::new(node, hooks);
     list(&mut follower, &mut netlink).await;
     publish(&follower);
     drop(begun);

@@ -1,5 +1,7 @@
 //! `/v1/services/{service}/backends`.
 
+use std::net::SocketAddr;
+
 use axum::{Json, extract::State, http::StatusCode};
 
 use super::{
@@ -11,7 +13,7 @@ use crate::{
     desired::{BackendPatch, Change, ChangeError},
     model::Backend,
     spec::{BackendAddress, BackendEntry, BackendSpec, SpecError},
-    view::{BackendView, ErrorView, List},
+    view::{BackendView, ErrorView, List, ServiceView},
 };
 
 /// List a service's backends
@@ -54,7 +56,7 @@ pub(super) async fn add(
         .map_err(|backend| SpecError::BackendWithoutPort { service: reference.clone(), backend })?;
     let address = backend.address;
     control.change(Change::AddBackend { reference: reference.clone(), backend }).await?;
-    let view = find(&control, BackendRef { reference, address }).await?;
+    let view = find(control.changed_service(&reference).await?, address)?;
     Ok((StatusCode::CREATED, Json(view)))
 }
 
@@ -68,8 +70,11 @@ pub(super) async fn add(
         (status = 200, description = "The backend", body = BackendView),
         (status = 404, description = "No such service or backend", body = ErrorView),
     ))]
-pub(super) async fn show(State(control): State<Control>, backend: BackendRef) -> Result<Json<BackendView>, ApiError> {
-    Ok(Json(find(&control, backend).await?))
+pub(super) async fn show(
+    State(control): State<Control>,
+    BackendRef { reference, address }: BackendRef,
+) -> Result<Json<BackendView>, ApiError> {
+    Ok(Json(find(control.service(&reference).await?, address)?))
 }
 
 /// Add a backend or replace all that is said of it
@@ -94,7 +99,7 @@ pub(super) async fn put(
     let mut backend = Backend::new(address);
     said.apply(&mut backend);
     control.change(Change::PutBackend { reference: reference.clone(), backend }).await?;
-    Ok(Json(find(&control, BackendRef { reference, address }).await?))
+    Ok(Json(find(control.changed_service(&reference).await?, address)?))
 }
 
 /// Change parts of a backend
@@ -117,7 +122,7 @@ pub(super) async fn patch(
     Body(patch): Body<BackendPatch>,
 ) -> Result<Json<BackendView>, ApiError> {
     control.change(Change::PatchBackend { reference: reference.clone(), address, patch }).await?;
-    Ok(Json(find(&control, BackendRef { reference, address }).await?))
+    Ok(Json(find(control.changed_service(&reference).await?, address)?))
 }
 
 /// Remove a backend
@@ -140,8 +145,7 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn find(control: &Control, BackendRef { reference, address }: BackendRef) -> Result<BackendView, ApiError> {
-    let service = control.service(&reference).await?;
+fn find(service: ServiceView, address: SocketAddr) -> Result<BackendView, ApiError> {
     let found = service.backends.into_iter().find(|backend| backend.address == address);
     Ok(found.ok_or(ChangeError::BackendNotFound { service: service.name, address, nearest: None })?)
 }

@@ -37,7 +37,7 @@ pub(super) async fn create(
     let service = spec.into_service()?;
     let name = service.name().to_owned();
     control.change(Change::Create(service)).await?;
-    Ok((StatusCode::CREATED, Json(control.service(&name).await?)))
+    Ok((StatusCode::CREATED, Json(control.changed_service(&name).await?)))
 }
 
 /// Show a service
@@ -76,7 +76,7 @@ pub(super) async fn put(
     let is_new = !done.created.is_empty() && done.removed.is_empty();
     let name = done.created.into_iter().chain(done.updated).chain(done.unchanged).next().unwrap_or(reference);
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
-    Ok((status, Json(control.service(&name).await?)))
+    Ok((status, Json(control.changed_service(&name).await?)))
 }
 
 /// Change parts of a service
@@ -98,7 +98,7 @@ pub(super) async fn patch(
 ) -> Result<Json<ServiceView>, ApiError> {
     let done = control.change(Change::Patch { reference: reference.clone(), patch }).await?;
     let name = done.created.into_iter().chain(done.updated).chain(done.unchanged).next().unwrap_or(reference);
-    Ok(Json(control.service(&name).await?))
+    Ok(Json(control.changed_service(&name).await?))
 }
 
 /// Remove a service

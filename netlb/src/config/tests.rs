@@ -45,7 +45,7 @@ fn sources_are_addresses_that_a_node_can_have() {
 #[test]
 fn an_empty_file_is_a_configuration() {
     assert_eq!(parse(""), Config::default());
-    assert_eq!(parse("").limits.flows, 262_144);
+    assert_eq!(parse("").limits.flows, 300_000);
 }
 
 #[test]

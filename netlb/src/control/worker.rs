@@ -286,6 +286,13 @@ impl Worker {
         Ok(self.view(&desired, stats))
     }
 
+    /// The same, as the answer to a change.
+    pub(super) fn changed_service(&mut self, reference: &str) -> Result<ServiceView, ChangeError> {
+        let desired = self.find(reference)?;
+        let stats = self.dataplane.recent_stats(&[desired.service.name()]).pop().unwrap_or_default();
+        Ok(self.view(&desired, stats))
+    }
+
     /// The served service with this name or frontend.
     fn find(&self, reference: &str) -> Result<Desired, ChangeError> {
         self.desired.find_served(reference).ok_or_else(|| self.desired.not_found(reference))

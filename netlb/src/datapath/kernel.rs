@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     fmt, fs,
     net::IpAddr,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -17,13 +17,13 @@ use anyhow::Context as _;
 use self::{
     counts::Counts,
     links::Attacher,
-    load::{Memory, Options, Unfinished},
+    load::{Loaded, Memory, Options, Unfinished, Verification, Verified},
     pins::Pins,
     sockets::Sockets,
 };
 use super::{Programmer, reserved::Reserved};
 use crate::{
-    config::{Config, Forwarding, LogLevel, Node, NodePortAddresses, SocketScope, Xdp},
+    config::{Config, Forwarding, Node, NodePortAddresses, SocketScope, Xdp},
     dataplane::{
         ApplyReport, Dataplane, DataplaneStatus, Desired, Flow, FlowFilter, MapStatus, NodeStatus, ServiceStats,
         Touched,
@@ -113,6 +113,13 @@ impl Site {
     }
 }
 
+/// Pins of a start that failed would hold on to a lot of memory until the next one.
+fn abandon(pins: &Pins) {
+    if let Err(error) = pins.abandon_maps() {
+        tracing::warn!("cannot remove the new maps: {error}");
+    }
+}
+
 /// A warning for each source whose replies would not come back.
 fn foreign_sources(sources: &[IpAddr], addresses: &[IpAddr]) -> impl Iterator<Item = String> {
     let foreign = sources.iter().filter(|source| !addresses.contains(source));
@@ -135,20 +142,24 @@ fn host_name() -> String {
 struct Start {
     began: Instant,
     pins: Pins,
+    node: Node,
+    cgroup: Option<PathBuf>,
+    programs: Programs,
     /// For maps that are new.
     unfinished: Option<Unfinished>,
 }
 
+/// The programs, or what is to become of them.
+enum Programs {
+    Coming(Verification),
+    Verified(Box<Verified>),
+}
+
 impl Datapath {
-    /// Loads the programs and finds the interfaces. Packets do not go through them before the first apply.
+    /// Loads the programs and finds the interfaces. Packets do not go through them before [`begin`](Dataplane::begin).
     pub fn open(config: &Config, bpffs: &Path, state_dir: &Path) -> anyhow::Result<Self> {
         let pins = Pins::new(bpffs);
-        Self::open_in(&pins, config, state_dir).inspect_err(|_| {
-            // Pins would hold on to a lot of memory until the next start.
-            if let Err(error) = pins.abandon_maps() {
-                tracing::warn!("cannot remove the new maps: {error}");
-            }
-        })
+        Self::open_in(&pins, config, state_dir).inspect_err(|_| abandon(&pins))
     }
 
     fn open_in(pins: &Pins, config: &Config, state_dir: &Path) -> anyhow::Result<Self> {
@@ -171,48 +182,56 @@ impl Datapath {
             xdp: config.node.xdp != Xdp::Off,
             sockets: config.socket.scope,
         };
-        let mut loaded = load::load(&options, pins)?;
+        let Loaded { maps, unfinished, memory, verification } = load::load(&options, pins)?;
+        // Maps in use are not touched for programs that the kernel may refuse.
+        let programs = match unfinished {
+            Some(_) => Programs::Coming(verification),
+            None => Programs::Verified(Box::new(verification.wait()?)),
+        };
         let mut programmer =
-            Programmer::new(loaded.maps, options.masquerade.0.len > 0).context("cannot read the pinned maps")?;
-        let counts = Counts::new(&mut loaded.ebpf)?;
-        if config.log.dataplane != LogLevel::Off {
-            logs::forward(&mut loaded.ebpf).context("cannot read the log of the BPF programs")?;
-        }
-        let attacher = Attacher::new(&mut loaded.ebpf, pins.clone(), &config.node)?;
-        let interfaces = Interfaces::open(&config.node, Box::new(attacher))?;
+            Programmer::new(maps, options.masquerade.0.len > 0).context("cannot read the pinned maps")?;
+        let counts = Counts::new(&memory)?;
+        let interfaces = Interfaces::open(&config.node)?;
         let site = Site::new(config);
         programmer.set_node(site.node(&interfaces.status().facts));
-        let sockets = Sockets::open(loaded.sockets, &loaded.memory, pins.clone(), &config.socket);
+        let (node, cgroup) = (config.node.clone(), config.socket.cgroup.clone());
         Ok(Self {
             programmer,
             site,
             interfaces,
-            sockets,
+            sockets: Sockets::new(pins.clone(), config.socket.scope),
             reserved: Reserved::open(state_dir),
             reserved_at: None,
             counts,
-            memory: loaded.memory,
+            memory,
             forwarding: config.node.forwarding,
-            start: Some(Start { began, pins: pins.clone(), unfinished: loaded.unfinished }),
+            start: Some(Start { began, pins: pins.clone(), node, cgroup, programs, unfinished }),
             load_time: Duration::ZERO,
             warnings: Vec::new(),
         })
     }
 
     /// The maps are filled: lets the next start adopt them, and packets go through the programs.
-    fn finish_start(&mut self, start: Start) {
-        let Start { began, pins, unfinished } = start;
+    fn finish_start(&mut self, start: Start) -> anyhow::Result<()> {
+        let Start { began, pins, node, cgroup, programs, unfinished } = start;
+        let Verified { ebpf, sockets } = match programs {
+            Programs::Coming(verification) => verification.wait()?,
+            Programs::Verified(verified) => *verified,
+        };
+        let attacher = Attacher::new(&ebpf, &self.memory, pins.clone(), &node)?;
+        self.sockets.prepare(sockets, &self.memory, cgroup.as_deref());
         let is_new = unfinished.is_some();
         let committed = unfinished.map_or(Ok(()), |unfinished| unfinished.finish().and_then(|()| pins.commit_maps()));
         if let Err(error) = committed {
             self.warn(format!("the maps will not outlive this netlb: cannot put them in place: {error}"));
         }
-        self.interfaces.attach();
+        self.interfaces.attach(Box::new(attacher));
         self.sockets.attach();
         if is_new && let Err(error) = pins.forget_previous_maps() {
             self.warn(format!("cannot remove the maps that were replaced: {error}"));
         }
         self.load_time = began.elapsed();
+        Ok(())
     }
 
     /// What is to be done after services have changed.
@@ -257,12 +276,18 @@ impl Datapath {
 impl Dataplane for Datapath {
     fn apply(&mut self, desired: &[Desired]) -> ApplyReport {
         let report = self.programmer.apply(desired);
-        if let Some(start) = self.start.take() {
-            self.finish_start(start);
-            self.reserve_ports();
+        if self.start.is_some() {
             return report;
         }
         self.follow(report)
+    }
+
+    fn begin(&mut self) -> anyhow::Result<()> {
+        let Some(start) = self.start.take() else { return Ok(()) };
+        let pins = start.pins.clone();
+        self.finish_start(start).inspect_err(|_| abandon(&pins))?;
+        self.reserve_ports();
+        Ok(())
     }
 
     fn apply_touched(&mut self, touched: &[Touched]) -> ApplyReport {
@@ -272,6 +297,10 @@ impl Dataplane for Datapath {
 
     fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
         self.programmer.stats(services)
+    }
+
+    fn recent_stats(&mut self, services: &[&str]) -> Vec<ServiceStats> {
+        self.programmer.recent_stats(services)
     }
 
     fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow> {

@@ -32,6 +32,7 @@ use netlb_common::{
 
 use self::{
     addresses::{Addresses, Range},
+    flows::Census,
     loads::Loads,
     node_ports::NodePorts,
     plan::{Held, Plan, Pool, Pools, base, outside},
@@ -112,6 +113,8 @@ pub struct Programmer<M: Maps> {
     /// The bucket at which the sweep goes on.
     swept: u32,
     loads: Loads,
+    /// Of the last answer to a change.
+    census: Option<Census>,
 }
 
 /// A service with a number.
@@ -195,7 +198,7 @@ impl<M: Maps> Programmer<M> {
             maps,
             sizes,
             node: Arc::default(),
-            services: Table::new(sizes.frontends),
+            services: Table::new(sizes.numbers),
             names: HashMap::new(),
             frontends: Table::new(sizes.frontends),
             backends: Table::new(sizes.backends),
@@ -222,6 +225,7 @@ impl<M: Maps> Programmer<M> {
             freed: 0,
             swept: 0,
             loads: Loads::default(),
+            census: None,
         };
         programmer.adopt()?;
         Ok(programmer)

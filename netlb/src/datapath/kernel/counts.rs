@@ -1,22 +1,17 @@
 //! The counters of the packet path.
 
-use std::io;
-
-use aya::{
-    Ebpf,
-    maps::{MapData, PerCpuArray},
-};
+use aya::maps::{MapData, PerCpuArray};
 use netlb_common::counters;
 
-use super::maps::take_per_cpu;
+use super::{load::Memory, maps::per_cpu};
 use crate::dataplane::Counter;
 
 /// `COUNTERS`.
 pub(super) struct Counts(PerCpuArray<MapData, u64>);
 
 impl Counts {
-    pub(super) fn new(ebpf: &mut Ebpf) -> io::Result<Self> {
-        take_per_cpu(ebpf, "COUNTERS").map(Self)
+    pub(super) fn new(memory: &Memory) -> anyhow::Result<Self> {
+        per_cpu(memory, "COUNTERS").map(Self)
     }
 
     /// Over all CPUs.

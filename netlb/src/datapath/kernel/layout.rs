@@ -121,14 +121,17 @@ impl Layout {
         let addresses = u64::from(services) + u64::from(backends);
         let sizes = Sizes {
             services,
-            configs: 2 * services + 64,
+            // Where all are replaced at once, some wait for room until packets are done with the old ones.
+            configs: services + services / 2 + 64,
             // Number 0 is none, and a removed frontend keeps its number until its flows are gone.
             frontends: (2 * services + 1).min(1 << ID_BITS),
+            // A service has one entry at least. Each has counters for every CPU.
+            numbers: services + services / 2 + 64,
             backends: backends + 1,
             owners: backends,
             ring_slots: ring_slots.next_multiple_of(RingLine::SLOTS),
             // A service's new members are written before the old ones are out of use, and regions may end on a line's end.
-            members: (2 * backends + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
+            members: (backends + backends / 2 + MemberLine::MEMBERS * services).next_multiple_of(MemberLine::MEMBERS),
             addresses: services + NODE_ADDRESSES,
             source_ranges: (SOURCE_RANGES * services).max(NODE_ADDRESSES),
             affinities: AFFINITIES,
@@ -163,7 +166,7 @@ impl Layout {
     /// Every map that is pinned, `META` last.
     pub(super) fn maps(&self) -> Vec<Spec> {
         use Kind::{Array, Hash, LruHash, MappedArray, PerCpuArray};
-        let Sizes { services, configs, frontends, backends, owners, ring_slots, members, .. } = self.sizes;
+        let Sizes { services, configs, frontends, numbers, backends, owners, ring_slots, members, .. } = self.sizes;
         let Sizes { addresses, source_ranges, affinities, node_ports, .. } = self.sizes;
         vec![
             Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
@@ -177,9 +180,8 @@ impl Layout {
             Spec::array::<Bucket>("FLOWS", MappedArray, self.flow_buckets()),
             Spec::array::<Record>("FLOW_RECORDS", MappedArray, self.flow_records()),
             Spec::array::<Overflow>("FLOW_OVERFLOWS", MappedArray, self.flow_overflows()),
-            // By service number, of which there are no more than frontend numbers.
-            Spec::array::<ServiceStats>("SERVICE_STATS", PerCpuArray, frontends),
-            Spec::array::<Tally>("CURSORS", MappedArray, frontends),
+            Spec::array::<ServiceStats>("SERVICE_STATS", PerCpuArray, numbers),
+            Spec::array::<Tally>("CURSORS", MappedArray, numbers),
             Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
             Spec::hash::<u32, Interface>("INTERFACES", Hash, INTERFACES),
@@ -306,9 +308,9 @@ mod tests {
             sizes,
             [
                 ("SERVICES", 16_384),
-                ("CONFIGS", 32_832),
-                ("RINGS", 393_216),
-                ("MEMBERS", 32_768),
+                ("CONFIGS", 24_640),
+                ("RINGS", 384_000),
+                ("MEMBERS", 28_672),
                 ("BACKENDS", 131_073),
                 ("FRONTENDS", 32_769),
                 ("OWNERS", 131_072),
@@ -316,8 +318,8 @@ mod tests {
                 ("FLOWS", 262_144),
                 ("FLOW_RECORDS", 1_048_576),
                 ("FLOW_OVERFLOWS", 32_768),
-                ("SERVICE_STATS", 32_769),
-                ("CURSORS", 32_769),
+                ("SERVICE_STATS", 24_640),
+                ("CURSORS", 24_640),
                 ("BACKEND_STATS", 131_073),
                 ("COUNTERS", 64),
                 ("INTERFACES", 8192),

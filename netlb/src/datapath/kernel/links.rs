@@ -14,9 +14,9 @@ use netlb_common::{
 
 use super::{
     clsact::Clsact,
-    load::{Program, program_name},
+    load::{Memory, Program, program_name},
     mapping::Mapping,
-    maps::{io_error, take_hash, take_mapped},
+    maps::{hash, io_error, mapped},
     pins::{Pins, ignore_missing},
     sockets,
     syscall::{self, Direction, Order, XdpMode},
@@ -49,7 +49,7 @@ enum Way {
 }
 
 impl Attacher {
-    pub(super) fn new(ebpf: &mut Ebpf, pins: Pins, node: &Node) -> anyhow::Result<Self> {
+    pub(super) fn new(ebpf: &Ebpf, memory: &Memory, pins: Pins, node: &Node) -> anyhow::Result<Self> {
         let order = match node.tcx_order {
             TcxOrder::First => Order::First,
             TcxOrder::Last => Order::Last,
@@ -64,8 +64,8 @@ impl Attacher {
         pins.create().context("cannot make directories for links")?;
         Ok(Self {
             pins,
-            interfaces: take_hash(ebpf, "INTERFACES")?,
-            hops: take_mapped(ebpf, "HOPS", hop::COUNT)?,
+            interfaces: hash(memory, "INTERFACES")?,
+            hops: mapped(memory, "HOPS", hop::COUNT)?,
             ingress: Program::new(ebpf, Direction::Ingress)?,
             egress: Program::new(ebpf, Direction::Egress)?,
             way,

@@ -3,9 +3,10 @@
 use std::{
     collections::HashMap,
     fs, io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
-    thread,
+    sync::{Mutex, PoisonError},
+    thread::{self, JoinHandle},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -18,8 +19,9 @@ use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta, network::Networks, ti
 
 use super::{
     clock,
-    layout::{Layout, Spec, settings, timeouts},
-    maps::{KernelMaps, io_error, take},
+    layout::{Kind, Layout, Spec, settings, timeouts},
+    logs,
+    maps::{KernelMaps, io_error},
     pins::{Pins, ignore_missing},
     sockets::{self, Programs},
     syscall::{self, Direction},
@@ -55,16 +57,41 @@ pub(super) struct Options<'a> {
     pub(super) sockets: SocketScope,
 }
 
-/// The programs and their maps.
+/// The maps, and the programs on their way.
 pub(super) struct Loaded {
-    /// What was not taken out: the programs, `COUNTERS`, `INTERFACES`, and the log's ring buffer.
-    pub(super) ebpf: Ebpf,
     pub(super) maps: KernelMaps,
     /// Where `META` is written to when the maps are filled; nowhere for maps that were adopted.
     pub(super) unfinished: Option<Unfinished>,
     pub(super) memory: Memory,
+    pub(super) verification: Verification,
+}
+
+/// The programs, which the kernel verifies in threads of their own. That takes most of a start, and the maps can be filled meanwhile.
+pub(super) struct Verification(JoinHandle<anyhow::Result<Verified>>);
+
+/// Programs that can be attached.
+pub(super) struct Verified {
+    /// With all maps.
+    pub(super) ebpf: Ebpf,
     /// The programs at the calls of processes, if they are wanted. Packets are served without them as well.
     pub(super) sockets: Option<anyhow::Result<Programs>>,
+}
+
+impl Verification {
+    fn start(mut ebpf: Ebpf, with_xdp: bool, with_sockets: bool) -> anyhow::Result<Self> {
+        let run = move || {
+            verify(&mut ebpf, with_xdp)?;
+            let sockets = with_sockets.then(|| sockets::load(&mut ebpf));
+            Ok(Verified { ebpf, sockets })
+        };
+        let thread = thread::Builder::new().name("verification".to_owned()).spawn(run);
+        Ok(Self(thread.context("cannot start a thread that loads the programs")?))
+    }
+
+    /// The programs, or why the kernel refused them.
+    pub(super) fn wait(self) -> anyhow::Result<Verified> {
+        self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
 }
 
 /// Maps that no later start adopts yet.
@@ -170,6 +197,9 @@ fn load_into(
             loader.map_pin_path(spec.name, directory.join(spec.name));
         }
     }
+    if let (Some(directory), false) = (directory, adopted) {
+        create_arrays(&specs, directory)?;
+    }
     let mut ebpf = loader.load(options.object).map_err(explain)?;
     let mut memory = Memory(Vec::with_capacity(specs.len()));
     for spec in &specs {
@@ -180,12 +210,41 @@ fn load_into(
         }
         memory.0.push((spec.name, map.fd().as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?));
     }
-    verify(&mut ebpf, options.xdp)?;
-    let sockets = (options.sockets != SocketScope::Off).then(|| sockets::load(&mut ebpf));
-    let maps = KernelMaps::new(&mut ebpf, layout, &timeouts)?;
-    let map = Array::try_from(take(&mut ebpf, "META")?).map_err(io_error)?;
+    if options.log != LogLevel::Off {
+        logs::forward(&mut ebpf).context("cannot read the log of the BPF programs")?;
+    }
+    let verification = Verification::start(ebpf, options.xdp, options.sockets != SocketScope::Off)?;
+    let maps = KernelMaps::new(&memory, layout, &timeouts)?;
+    let map = Array::try_from(Map::Array(memory.map("META")?)).map_err(io_error)?;
     let unfinished = (!adopted).then_some(Unfinished { map, meta });
-    Ok(Loaded { ebpf, maps, unfinished, memory, sockets })
+    Ok(Loaded { maps, unfinished, memory, verification })
+}
+
+/// Makes and pins the large arrays, on every CPU there is: the kernel clears all of their memory. The loader finds them by their pins.
+fn create_arrays(specs: &[Spec], directory: &Path) -> anyhow::Result<()> {
+    /// Bytes that are worth it.
+    const LARGE: u64 = 1 << 20;
+    let bytes = |spec: &Spec| u64::from(spec.value_size) * u64::from(spec.max_entries);
+    let mut large: Vec<_> =
+        specs.iter().filter(|spec| spec.kind == Kind::MappedArray && bytes(spec) >= LARGE).collect();
+    large.sort_by_key(|spec| bytes(spec));
+    let create = |spec: &Spec| {
+        let map =
+            syscall::create_map(spec.name, spec.kind.number(), spec.value_size, spec.max_entries, spec.kind.flags());
+        map.and_then(|map| syscall::pin(map.as_fd(), &directory.join(spec.name)))
+            .with_context(|| format!("cannot make the BPF map {}", spec.name))
+    };
+    let left = Mutex::new(large);
+    // The largest first.
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || std::iter::from_fn(next).try_for_each(create);
+    thread::scope(|scope| {
+        let others = thread::available_parallelism().map_or(0, |threads| threads.get() - 1);
+        let threads: Vec<_> = (0..others).map(|_| scope.spawn(work)).collect();
+        let joined =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once_with(work).chain(joined).collect()
+    })
 }
 
 const XDP: &str = "netlb_xdp";
@@ -198,7 +257,7 @@ pub(super) const fn program_name(direction: Direction) -> &'static str {
     }
 }
 
-/// Has the kernel verify the programs, which takes most of a start: all at the same time.
+/// Has the kernel verify the programs, all at the same time.
 fn verify(ebpf: &mut Ebpf, with_xdp: bool) -> anyhow::Result<()> {
     let wanted = Direction::BOTH.map(program_name).into_iter().chain(with_xdp.then_some(XDP));
     let mut missing: Vec<_> = wanted.collect();
@@ -378,10 +437,15 @@ impl Memory {
         self.0.iter().map(|(name, map)| (*name, memory_of(map))).collect()
     }
 
-    /// A map once more, for whoever reads it beside its owner.
+    /// A map once more.
     pub(super) fn map(&self, name: &str) -> anyhow::Result<MapData> {
+        let map = self.descriptor(name)?;
+        Ok(MapData::from_fd(map.try_clone_to_owned().context("cannot duplicate a descriptor")?)?)
+    }
+
+    pub(super) fn descriptor(&self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
         let (_, map) = self.0.iter().find(|(known, _)| *known == name).with_context(|| format!("no map {name}"))?;
-        Ok(MapData::from_fd(map.try_clone().context("cannot duplicate a descriptor")?)?)
+        Ok(map.as_fd())
     }
 }
 

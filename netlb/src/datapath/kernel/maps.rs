@@ -11,8 +11,9 @@ use std::{
     thread,
 };
 
+use anyhow::Context as _;
 use aya::{
-    Ebpf, Pod,
+    Pod,
     maps::{
         HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
@@ -31,7 +32,7 @@ use netlb_common::{
     table::{Bucket, Overflow, Place, Record, Storage},
 };
 
-use super::{layout::Layout, mapping::Mapping, syscall::Grace};
+use super::{layout::Layout, load::Memory, mapping::Mapping, syscall::Grace};
 use crate::{
     datapath::{Maps, Portion, Sizes},
     dataplane::ServiceCounters,
@@ -110,61 +111,46 @@ pub(super) fn io_error(error: MapError) -> io::Error {
     }
 }
 
-/// Takes a map out of the loaded object.
-pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> io::Result<Map> {
-    ebpf.take_map(name).ok_or_else(|| io::Error::other(format!("the BPF programs have no map {name}")))
+/// A hash, opened once more.
+pub(super) fn hash<K: Pod, V: Pod>(memory: &Memory, name: &str) -> anyhow::Result<HashMap<MapData, K, V>> {
+    Ok(Map::HashMap(memory.map(name)?).try_into()?)
 }
 
-pub(super) fn take_hash<K: Pod, V: Pod>(ebpf: &mut Ebpf, name: &str) -> io::Result<HashMap<MapData, K, V>> {
-    HashMap::try_from(take(ebpf, name)?).map_err(io_error)
-}
-
-pub(super) fn take_per_cpu<V: Pod>(ebpf: &mut Ebpf, name: &str) -> io::Result<PerCpuArray<MapData, V>> {
-    PerCpuArray::try_from(take(ebpf, name)?).map_err(io_error)
+pub(super) fn per_cpu<V: Pod>(memory: &Memory, name: &str) -> anyhow::Result<PerCpuArray<MapData, V>> {
+    Ok(Map::PerCpuArray(memory.map(name)?).try_into()?)
 }
 
 /// Maps an array into memory. The mapping keeps the map.
-pub(super) fn take_mapped<T>(ebpf: &mut Ebpf, name: &str, len: u32) -> io::Result<Mapping<T>> {
-    let Map::Array(map) = take(ebpf, name)? else {
-        return Err(io::Error::other(format!("map {name} is not an array")));
-    };
-    Mapping::new(map.fd().as_fd(), len)
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot map {name} into memory: {error}")))
+pub(super) fn mapped<T>(memory: &Memory, name: &str, len: u32) -> anyhow::Result<Mapping<T>> {
+    Mapping::new(memory.descriptor(name)?, len).with_context(|| format!("cannot map {name} into memory"))
 }
 
 impl KernelMaps {
-    /// Takes the maps out of the loaded object, whose programs have to be loaded as well.
-    pub(super) fn new(ebpf: &mut Ebpf, layout: &Layout, timeouts: &[u32; State::COUNT]) -> io::Result<Self> {
+    pub(super) fn new(memory: &Memory, layout: &Layout, timeouts: &[u32; State::COUNT]) -> anyhow::Result<Self> {
         let sizes = layout.sizes;
-        let descriptor = |ebpf: &Ebpf, name: &str| match ebpf.map(name) {
-            Some(Map::HashMap(map)) => map.fd().as_fd().try_clone_to_owned(),
-            _ => Err(io::Error::other(format!("map {name} is not a hash"))),
-        };
-        let owners_fd = descriptor(ebpf, "OWNERS")?;
-        let affinities_fd = descriptor(ebpf, "AFFINITY")?;
         Ok(Self {
             sizes,
-            services: take_hash(ebpf, "SERVICES")?,
-            owners: take_hash(ebpf, "OWNERS")?,
-            owners_fd,
-            addresses: take_hash(ebpf, "ADDRESSES")?,
-            node_ports: take_hash(ebpf, "NODE_PORTS")?,
-            source_ranges: LpmTrie::try_from(take(ebpf, "SOURCE_RANGES")?).map_err(io_error)?,
-            affinities: take_hash(ebpf, "AFFINITY")?,
-            affinities_fd,
-            configs: take_mapped(ebpf, "CONFIGS", sizes.configs)?,
-            backends: take_mapped(ebpf, "BACKENDS", sizes.backends)?,
-            frontends: take_mapped(ebpf, "FRONTENDS", sizes.frontends)?,
-            rings: take_mapped(ebpf, "RINGS", sizes.ring_slots)?,
-            members: take_mapped(ebpf, "MEMBERS", sizes.members)?,
-            filter: take_mapped(ebpf, "FILTER", layout.filter_words())?,
-            service_stats: take_per_cpu(ebpf, "SERVICE_STATS")?,
-            backend_stats: take_mapped(ebpf, "BACKEND_STATS", sizes.backends)?,
-            sources: take_mapped(ebpf, "SNAT_ADDRESSES", snat::ADDRESSES)?,
+            services: hash(memory, "SERVICES")?,
+            owners: hash(memory, "OWNERS")?,
+            owners_fd: memory.descriptor("OWNERS")?.try_clone_to_owned()?,
+            addresses: hash(memory, "ADDRESSES")?,
+            node_ports: hash(memory, "NODE_PORTS")?,
+            source_ranges: Map::LpmTrie(memory.map("SOURCE_RANGES")?).try_into()?,
+            affinities: hash(memory, "AFFINITY")?,
+            affinities_fd: memory.descriptor("AFFINITY")?.try_clone_to_owned()?,
+            configs: mapped(memory, "CONFIGS", sizes.configs)?,
+            backends: mapped(memory, "BACKENDS", sizes.backends)?,
+            frontends: mapped(memory, "FRONTENDS", sizes.frontends)?,
+            rings: mapped(memory, "RINGS", sizes.ring_slots)?,
+            members: mapped(memory, "MEMBERS", sizes.members)?,
+            filter: mapped(memory, "FILTER", layout.filter_words())?,
+            service_stats: per_cpu(memory, "SERVICE_STATS")?,
+            backend_stats: mapped(memory, "BACKEND_STATS", sizes.backends)?,
+            sources: mapped(memory, "SNAT_ADDRESSES", snat::ADDRESSES)?,
             flows: FlowTable {
-                buckets: take_mapped(ebpf, "FLOWS", layout.flow_buckets())?,
-                records: take_mapped(ebpf, "FLOW_RECORDS", layout.flow_records())?,
-                overflows: take_mapped(ebpf, "FLOW_OVERFLOWS", layout.flow_overflows())?,
+                buckets: mapped(memory, "FLOWS", layout.flow_buckets())?,
+                records: mapped(memory, "FLOW_RECORDS", layout.flow_records())?,
+                overflows: mapped(memory, "FLOW_OVERFLOWS", layout.flow_overflows())?,
                 mask: layout.flow_buckets() - 1,
                 timeouts: *timeouts,
             },

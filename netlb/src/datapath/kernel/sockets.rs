@@ -23,10 +23,7 @@ use super::{
     pins::Pins,
     syscall,
 };
-use crate::{
-    config::{Socket, SocketScope},
-    dataplane::SocketsStatus,
-};
+use crate::{config::SocketScope, dataplane::SocketsStatus};
 
 mod diag;
 mod stale;
@@ -108,21 +105,23 @@ pub(super) fn load(ebpf: &mut Ebpf) -> anyhow::Result<Programs> {
 }
 
 impl Sockets {
+    pub(super) const fn new(pins: Pins, scope: SocketScope) -> Self {
+        Self { pins, scope, ready: None, attached: false, warnings: Vec::new() }
+    }
+
     /// Prepares what is wanted; `programs` is what became of loading them. Without them, packets are served all the same.
-    pub(super) fn open(
+    pub(super) fn prepare(
+        &mut self,
         programs: Option<anyhow::Result<Programs>>,
         memory: &Memory,
-        pins: Pins,
-        config: &Socket,
-    ) -> Self {
-        let mut sockets = Self { pins, scope: config.scope, ready: None, attached: false, warnings: Vec::new() };
+        cgroup: Option<&Path>,
+    ) {
         if let Some(programs) = programs {
-            match programs.and_then(|programs| Ready::new(programs, memory, config)) {
-                Ok(ready) => sockets.ready = Some(ready),
-                Err(error) => sockets.warn(&error),
+            match programs.and_then(|programs| Ready::new(programs, memory, cgroup, self.scope)) {
+                Ok(ready) => self.ready = Some(ready),
+                Err(error) => self.warn(&error),
             }
         }
-        sockets
     }
 
     /// Attaches the programs, or puts them in the place of those before them.
@@ -170,9 +169,9 @@ impl Sockets {
 }
 
 impl Ready {
-    fn new(programs: Programs, memory: &Memory, config: &Socket) -> anyhow::Result<Self> {
-        let cgroup = Cgroup::open(config.cgroup.as_deref())?;
-        Ok(Self { cgroup, programs, stale: Stale::new(memory, config.scope)? })
+    fn new(programs: Programs, memory: &Memory, cgroup: Option<&Path>, scope: SocketScope) -> anyhow::Result<Self> {
+        let cgroup = Cgroup::open(cgroup)?;
+        Ok(Self { cgroup, programs, stale: Stale::new(memory, scope)? })
     }
 
     fn attach(&self, pins: &Pins) -> anyhow::Result<()> {

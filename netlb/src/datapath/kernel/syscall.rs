@@ -147,6 +147,26 @@ pub(super) fn test_run(program: BorrowedFd<'_>, packet: &mut [u8]) -> io::Result
     bpf(command::PROG_TEST_RUN, &mut attr).map(drop)
 }
 
+/// Makes an array. The kernel keeps the first 15 bytes of its name.
+pub(super) fn create_map(name: &str, kind: u32, value_size: u32, max_entries: u32, flags: u32) -> io::Result<OwnedFd> {
+    #[derive(Default)]
+    #[repr(C)]
+    struct MapCreate {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+        inner: u32,
+        node: u32,
+        name: [u8; 16],
+    }
+    let mut attr = MapCreate { kind, key_size: 4, value_size, max_entries, flags, ..MapCreate::default() };
+    let [room @ .., _] = &mut attr.name;
+    room.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+    bpf(command::MAP_CREATE, &mut attr).map(owned)
+}
+
 #[derive(Default)]
 #[repr(C)]
 struct LinkCreate {

@@ -25,7 +25,7 @@ use netlb_common::{
 use super::{
     counts::Counts,
     load::{self, Options},
-    maps::{KernelMaps, io_error, take_hash},
+    maps::{KernelMaps, hash, io_error},
     syscall::Direction,
 };
 use crate::{
@@ -133,16 +133,16 @@ impl Harness {
             xdp: true,
             sockets: SocketScope::Off,
         };
-        let mut loaded = load::load_unpinned(&options)?;
+        let loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps, site.masquerade.0.len > 0)?,
-            interfaces: take_hash(&mut loaded.ebpf, "INTERFACES")?,
-            counts: Counts::new(&mut loaded.ebpf)?,
-            addresses: HashMap::try_from(Map::HashMap(loaded.memory.map("ADDRESSES")?))?,
+            interfaces: hash(&loaded.memory, "INTERFACES")?,
+            counts: Counts::new(&loaded.memory)?,
+            addresses: hash(&loaded.memory, "ADDRESSES")?,
             ranges: LpmTrie::try_from(Map::LpmTrie(loaded.memory.map("SOURCE_RANGES")?))?,
-            affinity: HashMap::try_from(Map::HashMap(loaded.memory.map("AFFINITY")?))?,
+            affinity: hash(&loaded.memory, "AFFINITY")?,
             configs: 0,
-            ebpf: loaded.ebpf,
+            ebpf: loaded.verification.wait()?.ebpf,
         })
     }
 

@@ -44,7 +44,7 @@ impl<M: Maps> Programmer<M> {
         let config = self.maps.config(index);
         let Config { service, frontend, ring, ring_len, members, members_len, .. } = config;
         let is_ours = config.key == key && config.generation == reference.generation();
-        let is_service = (1..self.sizes.frontends).contains(&service);
+        let is_service = (1..self.sizes.numbers).contains(&service);
         let is_frontend = (1..self.sizes.frontends).contains(&frontend) && {
             let record = self.maps.frontend(frontend);
             frontend_endpoint(&record) == base(key) && record.service == service
@@ -96,7 +96,7 @@ impl<M: Maps> Programmer<M> {
         for id in 1..self.sizes.frontends {
             let record = self.maps.frontend(id);
             let key = frontend_endpoint(&record);
-            if record.protocol == 0 || !(1..self.sizes.frontends).contains(&record.service) {
+            if record.protocol == 0 || !(1..self.sizes.numbers).contains(&record.service) {
                 continue;
             }
             let in_force = self.served.get(&key).is_some_and(|served| served.config.frontend == id);
@@ -122,7 +122,7 @@ impl<M: Maps> Programmer<M> {
         ids.sort_by_key(|id| (!in_force.contains(id), self.maps.backend(*id).flags == 0));
         for id in ids {
             let Backend { addr, port, protocol, service, flags, weight, .. } = self.maps.backend(id);
-            if !(1..self.sizes.frontends).contains(&service) {
+            if !(1..self.sizes.numbers).contains(&service) {
                 continue;
             }
             let key = EndpointKey::new(addr, port, protocol);

@@ -19,28 +19,92 @@ const SWEEP_TICKS: u32 = 256;
 /// Attempts at a slot that packets keep changing.
 const ATTEMPTS: usize = 100;
 
-/// Numbers that flows name, by number.
-pub(super) struct Named {
-    pub(super) frontends: Vec<bool>,
-    pub(super) backends: Vec<bool>,
+/// Numbers that something may name: as long as nothing was found that does, they are sought.
+pub(super) struct Sought {
+    frontends: Vec<bool>,
+    backends: Vec<bool>,
+    left: usize,
+}
+
+impl Sought {
+    pub(super) fn new(sizes: &Sizes, frontends: &BTreeSet<u32>, backends: &BTreeSet<u32>) -> Self {
+        let by_number = |size: u32, numbers: &BTreeSet<u32>| {
+            let mut sought = vec![false; size as usize];
+            numbers.iter().for_each(|id| sought[*id as usize] = true);
+            sought
+        };
+        Self {
+            frontends: by_number(sizes.frontends, frontends),
+            backends: by_number(sizes.backends, backends),
+            left: frontends.len() + backends.len(),
+        }
+    }
+
+    pub(super) fn find_frontend(&mut self, id: u32) {
+        self.left -= usize::from(self.frontends.get_mut(id as usize).is_some_and(std::mem::take));
+    }
+
+    pub(super) fn find_backend(&mut self, id: u32) {
+        self.left -= usize::from(self.backends.get_mut(id as usize).is_some_and(std::mem::take));
+    }
+
+    /// Whether nothing was found that names it.
+    pub(super) fn has_frontend(&self, id: u32) -> bool {
+        self.frontends[id as usize]
+    }
+
+    pub(super) fn has_backend(&self, id: u32) -> bool {
+        self.backends[id as usize]
+    }
+}
+
+/// How many live flows each backend had, by number.
+#[derive(Debug)]
+pub(super) struct Census {
+    taken: Ticks,
+    active: Vec<u32>,
 }
 
 impl<M: Maps> Programmer<M> {
     /// The counters of the services with these names, in their order; unknown names give zeroes.
     pub fn stats(&self, services: &[&str]) -> Vec<ServiceStats> {
-        let known: Vec<_> = services.iter().map(|name| self.names.get(*name).copied()).collect();
-        let mut active = Vec::new();
-        let entries = || known.iter().flatten().filter_map(|index| self.services.get(*index));
-        // Who never had a flow has none now. That spares the answer to a change the way through the whole table.
-        if entries().flat_map(|entry| entry.backends.values()).any(|id| self.maps.backend_flows(*id) > 0) {
-            active.resize(self.sizes.backends as usize, 0_u64);
-            for (_, _, data) in self.live(is_forward) {
-                if let Some(count) = active.get_mut(data.id() as usize) {
-                    *count += 1;
-                }
+        let active = if self.had_flows(services) { self.active_flows() } else { Vec::new() };
+        self.stats_with(services, &active)
+    }
+
+    /// The same for the answer to a change: flows are counted once in a tick. So changes that come one after the other do not go through
+    /// the whole flow table each.
+    pub fn recent_stats(&mut self, services: &[&str]) -> Vec<ServiceStats> {
+        if !self.had_flows(services) {
+            return self.stats_with(services, &[]);
+        }
+        let taken = (self.clock)();
+        let recent = self.census.take().filter(|census| census.taken == taken);
+        let census = recent.unwrap_or_else(|| Census { active: self.active_flows(), taken });
+        let stats = self.stats_with(services, &census.active);
+        self.census = Some(census);
+        stats
+    }
+
+    /// Who never had a flow has none now: they need not be counted.
+    fn had_flows(&self, services: &[&str]) -> bool {
+        let entries = services.iter().filter_map(|name| self.services.get(*self.names.get(*name)?));
+        entries.flat_map(|entry| entry.backends.values()).any(|id| self.maps.backend_flows(*id) > 0)
+    }
+
+    /// Live flows by backend number.
+    fn active_flows(&self) -> Vec<u32> {
+        let mut active = vec![0; self.sizes.backends as usize];
+        for (_, _, data) in self.live(is_forward) {
+            if let Some(count) = active.get_mut(data.id() as usize) {
+                *count += 1;
             }
         }
-        let stats = |index: &Option<u32>| {
+        active
+    }
+
+    fn stats_with(&self, services: &[&str], active: &[u32]) -> Vec<ServiceStats> {
+        let stats = |index: Option<u32>| {
             let Some((index, entry)) = index.and_then(|index| Some((index, self.services.get(index)?))) else {
                 return ServiceStats::default();
             };
@@ -49,11 +113,11 @@ impl<M: Maps> Programmer<M> {
             for (key, id) in &entry.backends {
                 let counters = backends.entry(socket_address(key.addr, key.port)).or_default();
                 counters.flows += self.maps.backend_flows(*id);
-                counters.active += active.get(*id as usize).copied().unwrap_or_default();
+                counters.active += u64::from(active.get(*id as usize).copied().unwrap_or_default());
             }
             ServiceStats { service: self.maps.service_stats(index), backends: backends.into_iter().collect() }
         };
-        known.iter().map(stats).collect()
+        services.iter().map(|name| stats(self.names.get(*name).copied())).collect()
     }
 
     pub fn flows(&self, filter: &FlowFilter, limit: usize) -> Vec<Flow> {
@@ -97,32 +161,25 @@ impl<M: Maps> Programmer<M> {
         (self.live(|_| true).count() as u64, (u64::from(self.maps.flows().mask()) + 1) * SLOTS as u64)
     }
 
-    /// Every number in every live slot and its record. Expired slots are cleared on the way, so that no packet that saw
-    /// one alive a moment ago revives it.
-    pub(super) fn named_by_flows(&self) -> Named {
-        let mut named = Named {
-            frontends: vec![false; self.sizes.frontends as usize],
-            backends: vec![false; self.sizes.backends as usize],
-        };
-        let mark = |numbers: &mut Vec<bool>, id: u32| {
-            if let Some(named) = numbers.get_mut(id as usize) {
-                *named = true;
-            }
-        };
+    /// Looks for live flows that name what is sought, in their slots and records, until all of it is found. Expired slots are cleared on
+    /// the way, so that no packet that saw one alive a moment ago revives it: what is still sought in the end is named nowhere.
+    pub(super) fn seek_in_flows(&self, sought: &mut Sought) {
         let storage = self.maps.flows();
         for (place, slot) in slots(storage) {
+            if sought.left == 0 {
+                return;
+            }
             let Some(data) = self.live_or_cleared(slot) else { continue };
             match data.direction() {
-                Direction::Forward => mark(&mut named.backends, data.id()),
-                Direction::Reply => mark(&mut named.frontends, data.id()),
+                Direction::Forward => sought.find_backend(data.id()),
+                Direction::Reply => sought.find_frontend(data.id()),
             }
             let record = storage.record(place).and_then(|record| record.read(Fingerprint(slot.fingerprint.load())));
             if let Some(flow) = record {
-                mark(&mut named.frontends, flow.frontend);
-                mark(&mut named.backends, flow.backend);
+                sought.find_frontend(flow.frontend);
+                sought.find_backend(flow.backend);
             }
         }
-        named
     }
 
     /// Clears expired flows in the next part of the table, so that none revives when time has wrapped.

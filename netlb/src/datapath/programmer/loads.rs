@@ -18,18 +18,29 @@ pub(super) struct Loads {
     counted: Option<Ticks>,
     /// Ticks until the next time.
     pause: u32,
+    /// Services that go by them, and how many entries of `SERVICES` say so.
+    services: HashMap<u32, u32>,
+}
+
+impl Loads {
+    /// Takes note of what is in force now, or no more.
+    pub(super) fn note(&mut self, config: &Config, is_served: bool) {
+        if config.algorithm != algorithm::LEAST_CONN {
+            return;
+        }
+        let count = self.services.entry(config.service).or_default();
+        *count = if is_served { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.services.remove(&config.service);
+        }
+    }
 }
 
 impl<M: Maps> Programmer<M> {
     /// A service is to go by the flows that its backends have. Until they are counted, which is soon, it begins with none.
     pub(super) fn begin_load(&mut self, service: u32) {
         let Some(entry) = self.services.get(service) else { return };
-        let goes_by_load = |key| {
-            self.served.get(key).is_some_and(|served| {
-                served.config.service == service && served.config.algorithm == algorithm::LEAST_CONN
-            })
-        };
-        if entry.frontends.keys().any(goes_by_load) {
+        if self.loads.services.contains_key(&service) {
             return;
         }
         for id in entry.backends.values() {
@@ -45,9 +56,7 @@ impl<M: Maps> Programmer<M> {
             return;
         }
         let start = Instant::now();
-        let by_load = self.served.values().filter(|served| served.config.algorithm == algorithm::LEAST_CONN);
-        let services: HashSet<_> = by_load.map(|served| served.config.service).collect();
-        let entries = services.iter().filter_map(|index| self.services.get(*index));
+        let entries = self.loads.services.keys().filter_map(|index| self.services.get(*index));
         let ids: Vec<_> = entries.flat_map(|entry| entry.backends.values().copied()).collect();
         self.loads.counted = Some(now);
         self.loads.pause = ticks_from_seconds(PAUSE) as u32;

@@ -181,7 +181,7 @@ impl MemoryMaps {
             rings: vec![0; len(sizes.ring_slots)],
             members: vec![0; len(sizes.members)],
             filter: vec![0; 1 << (sizes.filter_bits_log2 - 6)],
-            service_stats: vec![ServiceCounters::default(); len(sizes.frontends)],
+            service_stats: vec![ServiceCounters::default(); len(sizes.numbers)],
             backend_flows: vec![0; len(sizes.backends)],
             sources: Vec::new(),
             flows: FlowTable::new(clock.clone()),

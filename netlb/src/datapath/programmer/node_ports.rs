@@ -59,6 +59,7 @@ impl<M: Maps> Programmer<M> {
     pub(super) fn put_served(&mut self, key: EndpointKey, new: Option<Served>) -> Option<Served> {
         if let Some(new) = &new {
             self.node_ports.note(&key, &new.config, true);
+            self.loads.note(&new.config, true);
         }
         let old = match new {
             Some(new) => self.served.insert(key, new),
@@ -66,6 +67,7 @@ impl<M: Maps> Programmer<M> {
         };
         if let Some(old) = &old {
             self.node_ports.note(&key, &old.config, false);
+            self.loads.note(&old.config, false);
         }
         old
     }

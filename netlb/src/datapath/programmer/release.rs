@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use super::*;
+use super::{flows::Sought, *};
 
 /// Ticks between two scans of the flow table for numbers that wait.
 const SCAN_TICKS: u32 = 5;
@@ -134,22 +134,32 @@ impl<M: Maps> Programmer<M> {
 
     /// Looks which of the numbers that wait are named by no flow any more.
     fn scan(&mut self) {
-        let mut named = self.named_by_flows();
+        let Waiting { frontends, backends, .. } = &self.waiting;
+        let mut sought = Sought::new(&self.sizes, frontends, backends);
+        // A record names numbers of its own service alone.
+        let mut is_concerned = vec![false; self.sizes.numbers as usize];
+        let endpoints = frontends.iter().filter_map(|id| self.frontends.get(*id));
+        for endpoint in endpoints.chain(backends.iter().filter_map(|id| self.backends.get(*id))) {
+            is_concerned[endpoint.service as usize] = true;
+        }
         // What goes to another service in these moments, or could not be removed, is still in force. And a packet that is under way may
         // make a flow of what is not.
         let resting = self.resting.iter().flat_map(|resting| &resting.retired.configs);
         for Served { config, .. } in self.served.values().chain(&self.retired.configs).chain(resting) {
-            named.frontends[config.frontend as usize] = true;
-            for id in self.maps.members(config.members, config.members_len) {
-                named.backends[id as usize] = true;
+            if is_concerned[config.service as usize] {
+                sought.find_frontend(config.frontend);
+                self.maps
+                    .members(config.members, config.members_len)
+                    .into_iter()
+                    .for_each(|id| sought.find_backend(id));
             }
         }
+        self.seek_in_flows(&mut sought);
         let waiting = std::mem::take(&mut self.waiting.backends);
-        let (free_backends, backends): (BTreeSet<_>, _) =
-            waiting.into_iter().partition(|id| !named.backends[*id as usize]);
+        let (free_backends, backends): (BTreeSet<_>, _) = waiting.into_iter().partition(|id| sought.has_backend(*id));
         let waiting = std::mem::take(&mut self.waiting.frontends);
         let (free_frontends, frontends): (BTreeSet<_>, _) =
-            waiting.into_iter().partition(|id| !named.frontends[*id as usize]);
+            waiting.into_iter().partition(|id| sought.has_frontend(*id));
         (self.waiting.backends, self.waiting.frontends) = (backends, frontends);
 
         let found = !(free_backends.is_empty() && free_frontends.is_empty());

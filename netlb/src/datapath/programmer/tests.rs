@@ -16,6 +16,7 @@ const ROOMY: Sizes = Sizes {
     services: 64,
     configs: 192,
     frontends: 129,
+    numbers: 129,
     backends: 257,
     owners: 256,
     ring_slots: 1 << 16,
@@ -600,7 +601,7 @@ fn a_full_map_fails_the_service_that_finds_it_so() {
     assert_third_fails(Sizes { ring_slots: 256, ..sizes }, "RINGS", "limits.ring_slots");
     assert_third_fails(Sizes { members: 32, ..sizes }, "MEMBERS", "limits.backends");
     // There are as many services as frontends at most.
-    assert_third_fails(Sizes { frontends: 3, ..sizes }, "SERVICE_STATS", "limits.services");
+    assert_third_fails(Sizes { numbers: 3, ..sizes }, "SERVICE_STATS", "limits.services");
 }
 
 #[test]
@@ -807,6 +808,41 @@ fn unknown_names_have_no_counters_and_no_flows() {
 }
 
 #[test]
+fn answers_to_changes_count_flows_once_in_a_tick() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A])]);
+    let active = |bench: &mut Bench| bench.programmer.recent_stats(&["web"])[0].backends[0].1.active;
+    assert_eq!(active(&mut bench), 0, "no flow was ever");
+    bench.begin_flow(WEB, 1);
+    assert_eq!(active(&mut bench), 1, "the first one is counted at once");
+    bench.begin_flow(WEB, 2);
+    assert_eq!((active(&mut bench), bench.stats("web").backends[0].1.active), (1, 2));
+    bench.clock.advance(1);
+    assert_eq!(active(&mut bench), 2);
+}
+
+#[test]
+fn a_scan_looks_no_further_than_for_what_waits() {
+    let mut bench = Bench::new();
+    bench.serve(&[web(&[A, B]), service("dns", &[DNS], &["10.244.0.2:53"])]);
+    bench.begin_flow(DNS, 1);
+    let b = bench.backend("web", B);
+    for client in 2.. {
+        if bench.begin_flow(WEB, client) == Some(b) {
+            break;
+        }
+        bench.programmer.flush_flows(&FlowFilter { service: Some("web".to_owned()) });
+    }
+    // Both wait; one of them has a flow.
+    bench.serve(&[web(&[]), service("dns", &[DNS], &["10.244.0.2:53"])]);
+    bench.rest();
+    assert_eq!(bench.used("BACKENDS"), 2);
+    bench.programmer.flush_flows(&FlowFilter::default());
+    bench.rest();
+    assert_eq!(bench.used("BACKENDS"), 1);
+}
+
+#[test]
 fn flows_say_who_talks_to_whom() {
     let mut bench = Bench::new();
     bench.serve(&[web(&[A]), service("dns", &[DNS], &["10.244.0.2:53"])]);
@@ -993,6 +1029,7 @@ fn ten_thousand_services_load_and_change_quickly() {
         services: 16_384,
         configs: 32_832,
         frontends: 32_769,
+        numbers: 24_577,
         backends: 131_073,
         owners: 131_072,
         ring_slots: 1 << 24,

@@ -28,7 +28,7 @@ const IDLE: &str = "CPU while idle, per second";
 /// Backends of each service.
 const BACKENDS: u32 = 10;
 /// Connections the flow table is made for; what the configuration has when it says nothing.
-const DESIGN_LOAD: u32 = 262_144;
+const DESIGN_LOAD: u32 = 300_000;
 /// The number of services that changes and idleness are measured at.
 const USUAL: u32 = 10_000;
 
