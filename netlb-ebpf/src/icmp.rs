@@ -59,6 +59,7 @@ where
                 false => A::send_error(frame, errand, scope),
             }
         }
+        _ if scope != Scope::Replies && A::read_relayed(frame) => A::relay(frame),
         _ => NEXT,
     }
 }
