@@ -6,10 +6,11 @@
 
 use crate::{
     addr::{Ipv4Be, Ipv6Be, PortBe},
-    balance::{Tables, Translation},
+    balance::Tables,
     filter::{self, Kind},
     flow::{NETWORK, Tuple},
     icmp::Messages,
+    table::Data,
     time::Ticks,
     tunnel::{Inner, Tunnel},
     wire::{Fields, Ignore, PacketBytes, icmp},
@@ -138,7 +139,7 @@ fn read_around<A: Relays>(packet: &(impl PacketBytes + ?Sized), told: &mut Told<
 #[inline(always)]
 fn read_inner<A: Relays>(packet: &(impl PacketBytes + ?Sized), end: usize, told: &mut Told<A>) -> Result<(), Ignore> {
     let inner = packet_at(packet, inner_at::<A>());
-    let (header, transport) = A::quoted(&inner, NETWORK)?;
+    let (header, transport) = A::carried(&inner, NETWORK)?;
     // What a frame has beyond its packet is nobody's.
     if inner_at::<A>() - NETWORK + transport + icmp::QUOTED > end {
         return Err(Ignore::Truncated);
@@ -178,10 +179,13 @@ pub fn read<A: Relays, T: Tables>(
 #[inline(always)]
 pub fn is_known<A: Relays, T: Tables>(tables: T, told: &Told<A>, now: Ticks) -> bool {
     let fingerprint = tables.hash_key().fingerprint(&told.inner);
-    let Some(found) = tables.find(fingerprint, now).filter(|found| found.data.is_wrapped()) else { return false };
-    let Some(backend) = tables.backend(found.data.id()) else { return false };
-    let mut translation = Translation::<A>::to_backend(backend, false);
-    translation.read_other(tables, fingerprint, found) && [translation.other, translation.address] == told.around
+    let data = tables.probe(fingerprint, now);
+    if data == Data::NONE || !data.is_wrapped() {
+        return false;
+    }
+    let source = tables.source(tables.snat(fingerprint, now).source());
+    let (Some(backend), Some(source)) = (tables.backend(data.id()), source) else { return false };
+    [A::from_map(source), A::from_map(backend.addr)] == told.around
 }
 
 #[cfg(test)]

@@ -217,7 +217,9 @@ pub(crate) trait Parts: Sized {
     /// See [`icmp::send`].
     fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32;
     /// See [`ping::read`].
-    fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known;
+    fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> bool;
+    /// See [`ping::look_up`].
+    fn look_up_ping(work: *mut Work<Self>) -> Known;
     /// See [`ping::send`].
     fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32;
     /// See [`tunnel::wrap_error`].
@@ -305,7 +307,7 @@ impl<A> Join<A> for Xdp {
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $send_ping:ident, $wrap_error:ident, $read_relayed:ident, $relay:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $look_up_ping:ident, $send_ping:ident, $wrap_error:ident, $read_relayed:ident, $relay:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
@@ -366,7 +368,11 @@ macro_rules! parts {
             }
 
             fn $read_ping(skb: *mut __sk_buff, work: *mut Work<$family>, scope: u32) -> u32 {
-                unsafe { work.as_mut() }.map_or(Known::Elsewhere, |work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+                unsafe { work.as_mut() }.is_some_and(|work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+            }
+
+            fn $look_up_ping(work: *mut Work<$family>) -> u32 {
+                unsafe { work.as_mut() }.map_or(Known::Elsewhere, ping::look_up) as u32
             }
 
             fn $send_ping(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
@@ -464,8 +470,13 @@ macro_rules! parts {
             }
 
             #[inline(always)]
-            fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known {
-                known($read_ping(frame.skb(), work, scope as u32))
+            fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> bool {
+                $read_ping(frame.skb(), work, scope as u32) != 0
+            }
+
+            #[inline(always)]
+            fn look_up_ping(work: *mut Work<Self>) -> Known {
+                known($look_up_ping(work))
             }
 
             #[inline(always)]
@@ -535,6 +546,7 @@ parts!(
     understand_error_v4,
     send_error_v4,
     read_ping_v4,
+    look_up_ping_v4,
     send_ping_v4,
     wrap_error_v4,
     read_relayed_v4,
@@ -560,6 +572,7 @@ parts!(
     understand_error_v6,
     send_error_v6,
     read_ping_v6,
+    look_up_ping_v6,
     send_ping_v6,
     wrap_error_v6,
     read_relayed_v6,
