@@ -75,7 +75,7 @@ pub struct Candidate {
     /// Perhaps to a frontend.
     pub to_frontend: bool,
     /// Perhaps from a backend.
-    from_backend: bool,
+    pub from_backend: bool,
     /// Leaves with an address of the node as its source, if it is of no service.
     pub is_masqueraded: bool,
 }

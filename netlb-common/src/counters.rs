@@ -69,6 +69,7 @@ counters! {
     DsrTooBig "dsr_too_big" "packets dropped because they do not fit their way with one more header, and their sender lets routers fragment them",
     DsrNoBackend "dsr_no_backend" "wrapped packets dropped because their service has no backend at the address they were sent to",
     DsrCongested "dsr_congested" "wrapped packets dropped because they met congestion, which their sender does not want to be told of otherwise",
+    DsrErrorLost "dsr_error_lost" "ICMP errors about wrapped packets passed untouched because they quote too little of what was wrapped, or what is of no flow",
 }
 
 impl Counter {

@@ -70,8 +70,8 @@ impl First {
     }
 }
 
-/// Bytes of a frame that can be held.
-pub const FRAME: usize = 2040;
+/// Bytes of a frame that can be held: jumbo frames are of 9000 bytes and the Ethernet header.
+pub const FRAME: usize = 9208;
 
 /// Element of `HELD_FRAMES`: a frame, as long as its place in `HELD` says so.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ pub struct Region {
     places: [Word; Region::PLACES as usize],
 }
 
-const _: () = assert!(size_of::<HeldFrame>() == 2048 && size_of::<Region>() == 512);
+const _: () = assert!(size_of::<HeldFrame>() == 9216 && size_of::<Region>() == 512);
 
 /// A place: free if it is 0 or too old.
 ///

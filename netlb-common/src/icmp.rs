@@ -10,6 +10,8 @@
 //!
 //! The error's own source stays where it is a router's: whoever traces a path wants it. An end of the flow that says something itself is
 //! called what the receiver knows it by.
+//!
+//! A quoted echo request is a packet of a flow as well, if it was masqueraded: see [`ping`](crate::ping).
 
 use crate::{
     addr::{Address, Ipv4Be, Ipv6Be, PortBe},
@@ -17,7 +19,8 @@ use crate::{
     checksum::{self, Delta},
     conntrack::Direction,
     filter::{self, Kind},
-    flow::{Family, NETWORK, Tuple},
+    flow::{NETWORK, Tuple},
+    ping,
     stray::Strays,
     time::Ticks,
     wire::{
@@ -71,6 +74,7 @@ pub struct Error<A> {
     pub message: usize,
     /// Where the quoted transport header stands.
     pub transport: usize,
+    /// The quoted ports; of an echo the identifier, and its number.
     pub ports: [PortBe; 2],
     /// The quoted transport checksum, if the quotation goes that far.
     pub check: u16,
@@ -85,15 +89,39 @@ pub trait Messages: Strays {
     /// Whether messages of a type quote a packet.
     fn is_error(kind: u8) -> bool;
 
+    /// What stands there of a fragment.
+    const PROTOCOL_OF_FRAGMENT: u8;
+
+    /// The header of a packet of ICMP or a fragment of one, where the message begins, which part it is, and what all parts have in common.
+    fn part(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, Part, u32), Ignore>;
+
     /// The header of the packet, where the message begins, and where it ends.
     fn outer(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, usize), Ignore>;
 
-    /// The header of a quoted packet, and where its transport header begins.
-    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore>;
+    /// The header of a packet of TCP or UDP behind at most the header of its first fragment, and where its transport header begins.
+    fn carried(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore>;
+
+    /// The header of a quoted packet, and where its transport header begins. Of ICMP only if that is wanted.
+    fn quoted(
+        packet: &(impl PacketBytes + ?Sized),
+        at: usize,
+        wants_icmp: bool,
+    ) -> Result<(Header<Self>, usize), Ignore>;
 }
 
 impl Messages for Ipv4Be {
     const PROTOCOL_AT: usize = crate::wire::ipv4::PROTOCOL;
+    const PROTOCOL_OF_FRAGMENT: u8 = v4::PROTOCOL;
+
+    #[inline(always)]
+    fn part(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, Part, u32), Ignore> {
+        let ip = Ipv4::at(packet, NETWORK)?;
+        let message = NETWORK + ip.header_len()?;
+        if ip.protocol() != v4::PROTOCOL {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((header(ip), message, ip.part(), ip.id() as u32))
+    }
 
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
@@ -112,11 +140,21 @@ impl Messages for Ipv4Be {
     }
 
     #[inline(always)]
-    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
+    fn carried(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
+        Self::quoted(packet, at, false)
+    }
+
+    #[inline(always)]
+    fn quoted(
+        packet: &(impl PacketBytes + ?Sized),
+        at: usize,
+        wants_icmp: bool,
+    ) -> Result<(Header<Self>, usize), Ignore> {
         let ip = Ipv4::at(packet, at)?;
         let transport = at + ip.header_len()?;
         // A first fragment has the ports, a later one does not.
-        if !is_balanced(ip.protocol()) || ip.part() == Part::Later {
+        let is_wanted = is_balanced(ip.protocol()) || wants_icmp && ip.protocol() == v4::PROTOCOL;
+        if !is_wanted || ip.part() == Part::Later {
             return Err(Ignore::NotTcpOrUdp);
         }
         Ok((header(ip), transport))
@@ -136,6 +174,18 @@ fn header(ip: Ipv4<impl crate::wire::Fields>) -> Header<Ipv4Be> {
 
 impl Messages for Ipv6Be {
     const PROTOCOL_AT: usize = ipv6::NEXT_HEADER;
+    const PROTOCOL_OF_FRAGMENT: u8 = ipv6::FRAGMENT;
+
+    #[inline(always)]
+    fn part(packet: &(impl PacketBytes + ?Sized)) -> Result<(Header<Self>, usize, Part, u32), Ignore> {
+        let ip = Ipv6::at(packet, NETWORK)?;
+        let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        let (protocol, message, part, id) = behind_fragment(packet, ip.next_header(), NETWORK + ipv6::LEN)?;
+        if protocol != v6::PROTOCOL {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((Header { source, destination, check: 0, ttl, protocol }, message, part, id))
+    }
 
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
@@ -158,9 +208,30 @@ impl Messages for Ipv6Be {
     }
 
     #[inline(always)]
-    fn quoted(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
+    fn carried(packet: &(impl PacketBytes + ?Sized), at: usize) -> Result<(Header<Self>, usize), Ignore> {
         let ip = Ipv6::at(packet, at)?;
         let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        let (protocol, offset, part, _) = behind_fragment(packet, ip.next_header(), at + ipv6::LEN)?;
+        if !is_balanced(protocol) || part == Part::Later {
+            return Err(Ignore::NotTcpOrUdp);
+        }
+        Ok((Header { source, destination, check: 0, ttl, protocol }, offset))
+    }
+
+    #[inline(always)]
+    fn quoted(
+        packet: &(impl PacketBytes + ?Sized),
+        at: usize,
+        wants_icmp: bool,
+    ) -> Result<(Header<Self>, usize), Ignore> {
+        let ip = Ipv6::at(packet, at)?;
+        let (source, destination, ttl) = (ip.source(), ip.destination(), ip.hop_limit());
+        if wants_icmp {
+            let (protocol, offset, part, _) = behind_fragment(packet, ip.next_header(), at + ipv6::LEN)?;
+            if protocol == v6::PROTOCOL && part != Part::Later {
+                return Ok((Header { source, destination, check: 0, ttl, protocol }, offset));
+            }
+        }
         let Transport { protocol, offset, part, .. } = ipv6::transport(packet, ip.next_header(), at + ipv6::LEN)?;
         // A first fragment has the ports, a later one does not.
         if part == Part::Later {
@@ -170,25 +241,45 @@ impl Messages for Ipv6Be {
     }
 }
 
+/// What stands behind the fragment header, if one stands at an offset: the protocol, where, which part it is, and what all have in common.
+#[inline(always)]
+fn behind_fragment(
+    packet: &(impl PacketBytes + ?Sized),
+    next_header: u8,
+    at: usize,
+) -> Result<(u8, usize, Part, u32), Ignore> {
+    if next_header != ipv6::FRAGMENT {
+        return Ok((next_header, at, Part::Whole, 0));
+    }
+    let fragment = packet.window(at, ipv6::FRAGMENT_LEN)?;
+    let (part, id) = ipv6::part(fragment);
+    Ok((fragment.byte(0), at + ipv6::FRAGMENT_LEN, part, id))
+}
+
 #[inline(always)]
 const fn is_balanced(protocol: u8) -> bool {
     protocol == tcp::PROTOCOL || protocol == udp::PROTOCOL
 }
 
-/// Reads the error in a frame.
+/// Reads the error in a frame. `has_echoes` says whether there are flows of them.
 #[inline(always)]
-pub fn read<A: Messages>(packet: &(impl PacketBytes + ?Sized)) -> Result<Error<A>, Ignore> {
+pub fn read<A: Messages>(packet: &(impl PacketBytes + ?Sized), has_echoes: bool) -> Result<Error<A>, Ignore> {
     let (outer, message, end) = A::outer(packet)?;
     if !A::is_error(packet.window(message, icmp::LEN)?.byte(0)) {
         return Err(Ignore::NotTcpOrUdp);
     }
-    let (quoted, transport) = A::quoted(packet, message + icmp::LEN)?;
+    let (quoted, transport) = A::quoted(packet, message + icmp::LEN, has_echoes)?;
     // What a frame has beyond its packet is nobody's.
     if transport + icmp::QUOTED > end {
         return Err(Ignore::Truncated);
     }
-    let ends = packet.window(transport, icmp::QUOTED)?;
-    let at = if quoted.protocol == tcp::PROTOCOL { tcp::CHECK } else { udp::CHECK };
+    let kind = packet.window(transport, icmp::QUOTED)?.byte(0);
+    let is_echo = has_echoes && quoted.protocol == A::ICMP;
+    if is_echo && kind != A::ECHO_REQUEST {
+        return Err(Ignore::NotTcpOrUdp);
+    }
+    let ends = packet.window(transport + if is_echo { ping::IDENTIFIER } else { 0 }, 4)?;
+    let at = check_of::<A>(quoted.protocol);
     let has_check = transport + at + 2 <= end;
     Ok(Error {
         outer,
@@ -199,6 +290,18 @@ pub fn read<A: Messages>(packet: &(impl PacketBytes + ?Sized)) -> Result<Error<A
         check: if has_check { packet.window(transport + at, 2)?.half(0) } else { 0 },
         has_check,
     })
+}
+
+/// Where a transport header has its checksum.
+#[inline(always)]
+const fn check_of<A: Messages>(protocol: u8) -> usize {
+    if protocol == tcp::PROTOCOL {
+        tcp::CHECK
+    } else if protocol == A::ICMP {
+        icmp::CHECK
+    } else {
+        udp::CHECK
+    }
 }
 
 /// What an error shall say: its ends, and the packet that its receiver sent.
@@ -227,12 +330,20 @@ pub struct Edit<A> {
     pub message: Delta,
 }
 
-impl<A: Family> Error<A> {
+impl<A: Messages> Error<A> {
+    #[inline(always)]
+    const fn is_echo(&self) -> bool {
+        self.quoted.protocol == A::ICMP
+    }
+
     /// The quoted packet's tuple.
     #[inline(always)]
     #[must_use]
     pub const fn tuple(&self) -> Tuple<A> {
-        let [source_port, destination_port] = self.ports;
+        let [source_port, destination_port] = match self.ports {
+            [identifier, _] if self.is_echo() => [identifier, PortBe(0)],
+            ports => ports,
+        };
         let Header { source, destination, protocol, .. } = self.quoted;
         Tuple { source, destination, source_port, destination_port, protocol }
     }
@@ -241,7 +352,14 @@ impl<A: Family> Error<A> {
     #[inline(always)]
     #[must_use]
     pub const fn check_at(&self) -> usize {
-        self.transport + if self.quoted.protocol == tcp::PROTOCOL { tcp::CHECK } else { udp::CHECK }
+        self.transport + check_of::<A>(self.quoted.protocol)
+    }
+
+    /// Where the quoted ports stand, or what is in their place.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ports_at(&self) -> usize {
+        self.transport + if self.is_echo() { ping::IDENTIFIER } else { 0 }
     }
 
     /// What is to be written; `ttl` is what the error's own header shall say.
@@ -251,10 +369,14 @@ impl<A: Family> Error<A> {
         let Meaning { source, destination, quoted: Tuple { source_port, destination_port, .. }, .. } = *meaning;
         let outer = self.outer.with(source, destination, ttl);
         let quoted = self.quoted.with(meaning.quoted.source, meaning.quoted.destination, self.quoted.ttl);
-        let [old_source, old_destination] = self.ports;
-        let ports = Delta::half(old_source.0, source_port.0).plus(Delta::half(old_destination.0, destination_port.0));
+        let new = match self.ports {
+            [_, number] if self.is_echo() => [source_port, number],
+            _ => [source_port, destination_port],
+        };
+        let ports = Delta::half(self.ports[0].0, new[0].0).plus(Delta::half(self.ports[1].0, new[1].0));
         let addresses = self.quoted.change_to(&quoted);
-        let covered = addresses.plus(ports);
+        // ICMP knows no pseudo header, ICMPv6 does.
+        let covered = if self.is_echo() && !A::IS_V6 { ports } else { addresses.plus(ports) };
         let check = if !self.has_check {
             self.check
         } else if self.quoted.protocol == udp::PROTOCOL {
@@ -266,17 +388,17 @@ impl<A: Family> Error<A> {
         Edit {
             outer,
             quoted,
-            ports: [source_port, destination_port],
+            ports: new,
             check,
             addresses: self.outer.change_to(&outer),
-            message: covered.plus(checks),
+            message: addresses.plus(ports).plus(checks),
         }
     }
 }
 
 /// Whether an error may be about a packet that was translated. Most that are not end here.
 #[inline(always)]
-pub fn is_candidate<A: Family>(tables: &impl Tables, error: &Error<A>, scope: Scope) -> bool {
+pub fn is_candidate<A: Messages>(tables: &impl Tables, error: &Error<A>, scope: Scope) -> bool {
     let bits = tables.filter_bits_log2();
     let (source, destination) = (error.quoted.source, error.quoted.destination);
     tables.filter_has(filter::bit(error.quoted.destination, Kind::Backend, bits))
@@ -288,7 +410,7 @@ pub fn is_candidate<A: Family>(tables: &impl Tables, error: &Error<A>, scope: Sc
 ///
 /// It is no packet of the flow: nothing is noted in the flow table.
 #[inline(always)]
-pub fn translate<A: Family, T: Tables>(tables: T, error: &Error<A>, scope: Scope, now: Ticks) -> Option<Meaning<A>> {
+pub fn translate<A: Messages, T: Tables>(tables: T, error: &Error<A>, scope: Scope, now: Ticks) -> Option<Meaning<A>> {
     let Error { outer, quoted, .. } = error;
     // Errors go to who sent the packet; others are forged or lost.
     if outer.destination != quoted.source {

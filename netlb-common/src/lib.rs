@@ -26,6 +26,7 @@ pub mod limit;
 pub mod maps;
 pub mod network;
 pub mod ping;
+pub mod relay;
 pub mod select;
 pub mod snat;
 pub mod socket;

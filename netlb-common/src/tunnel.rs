@@ -71,7 +71,14 @@ impl<'a, P: ?Sized> Inner<'a, P> {
     #[inline(always)]
     #[must_use]
     pub const fn of<A: Family>(packet: &'a P) -> Self {
-        Self { packet, skipped: A::HEADER_LEN }
+        Self::behind(packet, A::HEADER_LEN)
+    }
+
+    /// The packet behind this many bytes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn behind(packet: &'a P, skipped: usize) -> Self {
+        Self { packet, skipped }
     }
 }
 

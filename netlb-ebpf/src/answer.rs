@@ -10,12 +10,15 @@ use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
     checksum,
     counters::Counter,
-    flow::{Family, NETWORK, Parsed},
+    flow::{Family, NETWORK, Parsed, Tuple},
     stray::Strays,
     wire::{Fields as _, PacketBytes as _, Part, ipv4, ipv6, tcp},
 };
 
-pub(crate) use self::echo::Echo;
+pub(crate) use self::{
+    echo::Echo,
+    icmp::{ICMP, Quoted, write as write_error},
+};
 use crate::{
     DROP, NEXT, forward,
     frame::{Frame as _, HardwareAddresses, Refused, Skb},
@@ -39,12 +42,14 @@ pub(crate) trait Answer: Family + Strays + Echo {
     /// Type and code of the messages that a port is unreachable, and that a packet is too big.
     const UNREACHABLE: [u8; 2];
     const TOO_BIG: [u8; 2];
+    /// That a host cannot be reached.
+    const HOST_UNREACHABLE: [u8; 2];
 
     /// The header of an answer, whose payload has a length.
-    fn header(packet: &Parsed<Self>, protocol: u8, len: u16) -> Self::Header;
+    fn header(of: &Tuple<Self>, protocol: u8, len: u16) -> Self::Header;
 
     /// The sum of what ICMP's checksum covers beside the message.
-    fn beside_icmp(packet: &Parsed<Self>, len: u16) -> u64;
+    fn beside_icmp(of: &Tuple<Self>, len: u16) -> u64;
 
     /// Where messages have the MTU, which is 0 in others.
     fn mtu(mtu: u32) -> u32;
@@ -72,11 +77,11 @@ pub(crate) fn answer<A: Answer>(frame: &Skb, packet: &Parsed<A>, mtu: u32) -> i3
         return DROP;
     }
     let result = if mtu != 0 {
-        icmp::write(frame, packet, A::TOO_BIG, A::mtu(mtu))
+        icmp::write(frame, Quoted::of(packet), A::TOO_BIG, A::mtu(mtu))
     } else if packet.tuple.protocol == tcp::PROTOCOL {
         reset::write(frame, packet)
     } else {
-        icmp::write(frame, packet, A::UNREACHABLE, 0)
+        icmp::write(frame, Quoted::of(packet), A::UNREACHABLE, 0)
     };
     if mtu == 0 {
         maps::count(Counter::Rejected);
@@ -115,11 +120,11 @@ const MOST_HEADERS: usize = 512;
 /// The sender may have left the checksum to a device, which would sum up from where the transport header stood, and write into the answer.
 /// Bytes that are taken away from the front, up to beyond that place, end this; first they are added at the end. Segments become one packet.
 #[inline(always)]
-fn clear<A>(frame: &Skb, packet: &Parsed<A>, len: usize) -> Result<(), Refused> {
-    if packet.transport > MOST_HEADERS {
+fn clear(frame: &Skb, transport: usize, len: usize) -> Result<(), Refused> {
+    if transport > MOST_HEADERS {
         return Err(Refused);
     }
-    let cut = packet.transport + 2;
+    let cut = transport + 2;
     frame.truncate((NETWORK + len + cut) as u32)?;
     frame.make_room(-(cut as i32))
 }
@@ -130,13 +135,14 @@ fn write<T>(frame: &Skb, answer: &T) -> Result<(), Refused> {
     frame.store(NETWORK, answer, BPF_F_RECOMPUTE_CSUM as u64)
 }
 
-/// The length of a datagram as its header says it: frames may be padded. Longer ones than it can say have the frame's.
+/// The length of the datagram that begins at an offset, as its header says it: frames may be padded. Longer ones than it can say have what
+/// the frame has.
 #[inline(always)]
-fn datagram_len<A: Answer>(frame: &Skb) -> Result<usize, Refused> {
-    let (at, uncounted) = A::LENGTH;
-    let header = frame.window(NETWORK, A::HEADER_LEN).map_err(|_| Refused)?;
-    let of_frame = frame.len() as usize - NETWORK;
-    Ok(match u16::from_be(header.half(at)) as usize {
+fn datagram_len<A: Answer>(frame: &Skb, at: usize) -> Result<usize, Refused> {
+    let (field, uncounted) = A::LENGTH;
+    let header = frame.window(at, A::HEADER_LEN).map_err(|_| Refused)?;
+    let of_frame = (frame.len() as usize).saturating_sub(at);
+    Ok(match u16::from_be(header.half(field)) as usize {
         0 => of_frame,
         len if len + uncounted > of_frame => of_frame,
         len => len + uncounted,
@@ -145,8 +151,8 @@ fn datagram_len<A: Answer>(frame: &Skb) -> Result<usize, Refused> {
 
 /// The sum of a pseudo header (RFC 9293 §3.1, RFC 8200 §8.1).
 #[inline(always)]
-fn pseudo<A: Family>(packet: &Parsed<A>, protocol: u8, len: u16) -> u64 {
-    packet.tuple.source.sum() + packet.tuple.destination.sum() + len.to_be() as u64 + (protocol as u16).to_be() as u64
+fn pseudo<A: Family>(of: &Tuple<A>, protocol: u8, len: u16) -> u64 {
+    of.source.sum() + of.destination.sum() + len.to_be() as u64 + (protocol as u16).to_be() as u64
 }
 
 /// IPv4 (RFC 791).
@@ -171,9 +177,10 @@ impl Answer for Ipv4Be {
     const QUOTED: usize = 84;
     const UNREACHABLE: [u8; 2] = [3, 3];
     const TOO_BIG: [u8; 2] = [3, 4];
+    const HOST_UNREACHABLE: [u8; 2] = [3, 1];
 
     #[inline(always)]
-    fn header(packet: &Parsed<Self>, protocol: u8, len: u16) -> Header4 {
+    fn header(of: &Tuple<Self>, protocol: u8, len: u16) -> Header4 {
         let mut header = Header4 {
             version_and_len: 0x45,
             service: 0,
@@ -183,8 +190,8 @@ impl Answer for Ipv4Be {
             ttl: TTL,
             protocol,
             check: 0,
-            source: packet.tuple.destination,
-            destination: packet.tuple.source,
+            source: of.destination,
+            destination: of.source,
         };
         let pair = |a: u8, b: u8| u16::from_ne_bytes([a, b]) as u64;
         let sum = pair(0x45, 0)
@@ -198,7 +205,7 @@ impl Answer for Ipv4Be {
     }
 
     #[inline(always)]
-    fn beside_icmp(_: &Parsed<Self>, _: u16) -> u64 {
+    fn beside_icmp(_: &Tuple<Self>, _: u16) -> u64 {
         0
     }
 
@@ -227,22 +234,23 @@ impl Answer for Ipv6Be {
     const QUOTED: usize = 256;
     const UNREACHABLE: [u8; 2] = [1, 4];
     const TOO_BIG: [u8; 2] = [2, 0];
+    const HOST_UNREACHABLE: [u8; 2] = [1, 3];
 
     #[inline(always)]
-    fn header(packet: &Parsed<Self>, protocol: u8, len: u16) -> Header6 {
+    fn header(of: &Tuple<Self>, protocol: u8, len: u16) -> Header6 {
         Header6 {
             version: (6_u32 << 28).to_be(),
             payload_len: len.to_be(),
             next_header: protocol,
             hop_limit: TTL,
-            source: packet.tuple.destination,
-            destination: packet.tuple.source,
+            source: of.destination,
+            destination: of.source,
         }
     }
 
     #[inline(always)]
-    fn beside_icmp(packet: &Parsed<Self>, len: u16) -> u64 {
-        pseudo(packet, Self::ICMP, len)
+    fn beside_icmp(of: &Tuple<Self>, len: u16) -> u64 {
+        pseudo(of, Self::ICMP, len)
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use netlb_common::{
     flow::Fingerprint,
     fragment::{self, Claim, First, Region},
     time::Ticks,
-    wire::Part,
+    wire::{Part, udp},
 };
 
 use crate::{
@@ -21,8 +21,8 @@ const CLAIMS: u32 = 4;
 
 /// Has a fragment say what a whole packet says. [`Verdict::Translate`] if it does, and is to be looked up like one.
 ///
-/// Otherwise the fragment was held or sent once more ([`Verdict::Drop`]), or nothing is known of it. Only what came in waits, and only for a
-/// service's address: what the kernel sends is in order, and what a backend sends is mostly no service's.
+/// Otherwise the fragment was held or sent once more ([`Verdict::Drop`]), or nothing is known of it. Only what came in waits: what the kernel
+/// sends is in order.
 #[inline(always)]
 pub(crate) fn join<A: Packet>(frame: &Skb, work: &mut Work<A>) -> Verdict {
     let Work { packet, lookup, .. } = work;
@@ -33,7 +33,12 @@ pub(crate) fn join<A: Packet>(frame: &Skb, work: &mut Work<A>) -> Verdict {
         return if is_sent_again { Verdict::Drop } else { Verdict::Translate };
     }
     let mut first = maps::first_fragment(datagram, now);
-    if first.is_none() && lookup.candidate.to_frontend && lookup.scope != Scope::Replies {
+    // Of UDP from a backend as well: that may be a reply. Whatever it is, its first fragment comes by here and releases it. Of ICMP only that
+    // of an echo does.
+    let protocol = packet.tuple.protocol;
+    let may_be_ours = (lookup.candidate.to_frontend && protocol != A::ICMP)
+        || (lookup.candidate.from_backend && protocol == udp::PROTOCOL);
+    if first.is_none() && may_be_ours && lookup.scope != Scope::Replies {
         match subprograms::hold(frame, datagram, now) {
             Verdict::Translate => first = maps::first_fragment(datagram, now),
             Verdict::Pass => {}

@@ -40,16 +40,17 @@ where
 {
     let Ok(header) = frame.window(NETWORK, A::HEADER_LEN) else { return NEXT };
     let protocol = header.byte(A::PROTOCOL_AT);
+    if maps::has_masquerade()
+        && (protocol == A::ICMP || protocol == A::PROTOCOL_OF_FRAGMENT)
+        && let Some(result) = ping::pass::<A>(frame, scope)
+    {
+        return result;
+    }
     if protocol != A::ICMP {
         if maps::unwraps() && protocol == A::INNER && scope != Scope::Replies {
             return tunnel::receive::<A>(frame, scope);
         }
         return NEXT;
-    }
-    if maps::has_masquerade()
-        && let Some(result) = ping::pass::<A>(frame, scope)
-    {
-        return result;
     }
     match maps::errand::<A>() {
         Some(errand) if A::read_error(frame, errand, scope) && A::understand_error(errand, scope) => {
@@ -59,6 +60,7 @@ where
                 false => A::send_error(frame, errand, scope),
             }
         }
+        _ if scope != Scope::Replies && A::read_relayed(frame) => A::relay(frame),
         _ => NEXT,
     }
 }
@@ -66,7 +68,7 @@ where
 /// Reads an error. Says whether it may be about a translated packet.
 #[inline(always)]
 pub(crate) fn read<A: Packet>(frame: &Skb, errand: &mut Errand<A>, scope: Scope) -> bool {
-    let Ok(error) = icmp::read::<A>(frame) else { return false };
+    let Ok(error) = icmp::read::<A>(frame, maps::has_masquerade()) else { return false };
     errand.error = error;
     // SAFETY: the same reference.
     let errand = unsafe { &*maps::forget(errand) };
@@ -132,7 +134,7 @@ fn rewrite<A: Packet>(frame: &Skb, error: &Error<A>, meaning: &Meaning<A>, ttl: 
     let edit = error.edit(meaning, ttl);
     A::write(frame, NETWORK, &error.outer, &edit.outer, BPF_F_RECOMPUTE_CSUM as u64)?;
     A::write(frame, error.message + message::LEN, &error.quoted, &edit.quoted, 0)?;
-    frame.store(error.transport, &edit.ports, 0)?;
+    frame.store(error.ports_at(), &edit.ports, 0)?;
     if error.has_check {
         frame.store(error.check_at(), &edit.check, 0)?;
     }

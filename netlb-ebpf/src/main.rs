@@ -14,6 +14,7 @@ mod icmp;
 mod maps;
 mod ping;
 mod pipeline;
+mod relay;
 mod rewrite;
 mod socket;
 mod subprograms;

@@ -24,6 +24,7 @@ use netlb_common::{
         Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
     network::{Network, Networks},
+    relay::Told,
     snat::{self, Pool, Ports, Source},
     socket,
     stranger::Strangers,
@@ -127,6 +128,7 @@ pub(crate) struct Errand<A> {
 
 const _: () = assert!(size_of::<Work<Ipv6Be>>() <= size_of::<[u64; 24]>());
 const _: () = assert!(size_of::<Errand<Ipv6Be>>() <= size_of::<[u64; 24]>());
+const _: () = assert!(size_of::<Told<Ipv6Be>>() <= size_of::<[u64; 24]>());
 
 /// This CPU's place for the packet under way. Whoever takes it fills it in before reading it.
 #[inline(always)]
@@ -139,6 +141,12 @@ pub(crate) fn work<A: Family>() -> Option<*mut Work<A>> {
 /// The same place, for an ICMP error.
 #[inline(always)]
 pub(crate) fn errand<A: Family>() -> Option<*mut Errand<A>> {
+    Some(work::<A>()?.cast())
+}
+
+/// The same place, for what an error says of a wrapped packet.
+#[inline(always)]
+pub(crate) fn told<A: Family>() -> Option<*mut Told<A>> {
     Some(work::<A>()?.cast())
 }
 

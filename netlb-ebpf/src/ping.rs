@@ -11,7 +11,7 @@ use netlb_common::{
     icmp::Header,
     maps::forwarding,
     ping,
-    wire::icmp as message,
+    wire::{Part, icmp as message},
 };
 
 use crate::{
@@ -30,7 +30,10 @@ where
     Skb: Join<A>,
 {
     let work = maps::work::<A>()?;
-    let verdict = match A::read_ping(frame, work, scope) {
+    if !A::read_ping(frame, work, scope) {
+        return None;
+    }
+    let verdict = match A::look_up_ping(work) {
         Known::Translate => Verdict::Translate,
         // There is not stack enough below the reading.
         Known::Tend => {
@@ -49,15 +52,18 @@ where
     }
 }
 
-/// Reads a request that leaves or a reply that comes in, and looks its flow up. [`Known::Elsewhere`] if it is none that is masqueraded.
+/// Reads a request that leaves or a reply that comes in. Says whether it may be one that is masqueraded.
 #[inline(always)]
-pub(crate) fn read<A: Packet>(frame: &Skb, work: &mut Work<A>, scope: Scope) -> Known {
+pub(crate) fn read<A: Packet>(frame: &Skb, work: &mut Work<A>, scope: Scope) -> bool
+where
+    Skb: Join<A>,
+{
     let is_reply = scope != Scope::Replies;
-    let Ok(packet) = ping::parse::<A>(frame, is_reply) else { return Known::Elsewhere };
+    let Ok(packet) = ping::parse::<A>(frame, is_reply) else { return false };
     let candidate = balance::candidate(&Kernel, scope, packet.tuple.source, packet.tuple.destination);
-    let Some(candidate) = candidate else { return Known::Elsewhere };
+    let Some(candidate) = candidate else { return false };
     if !candidate.is_masqueraded && !is_reply {
-        return Known::Elsewhere;
+        return false;
     }
     work.packet = packet;
     // SAFETY: the same reference.
@@ -66,6 +72,13 @@ pub(crate) fn read<A: Packet>(frame: &Skb, work: &mut Work<A>, scope: Scope) -> 
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
     // SAFETY: as `Translation::none` says it.
     unsafe { maps::clear(&raw mut work.translation) };
+    work.packet.part == Part::Whole || frame.join(work) == Verdict::Translate
+}
+
+/// Looks up its flow. [`Known::Elsewhere`] if it is none that is masqueraded.
+#[inline(always)]
+pub(crate) fn look_up<A: Packet>(work: &mut Work<A>) -> Known {
+    let is_reply = work.lookup.scope != Scope::Replies;
     match balance::known(Kernel, &work.packet, &work.lookup, |_| true, &mut work.translation) {
         // The kernel says "time exceeded".
         Known::Translate | Known::Tend if is_reply && work.packet.ttl <= 1 => {
@@ -122,6 +135,10 @@ fn rewrite<A: Packet>(frame: &Skb, Work { packet, translation, .. }: &Work<A>, t
     let tuple = translation.apply(&packet.tuple);
     let new = old.with(tuple.source, tuple.destination, ttl);
     A::write(frame, NETWORK, &old, &new, BPF_F_RECOMPUTE_CSUM as u64)?;
+    // What the first fragment has of the checksum covers this one as well.
+    if packet.part == Part::Later {
+        return Ok(());
+    }
     let check = packet.transport + message::CHECK;
     if A::IS_V6 {
         frame.replace_checksum(check, 0, old.change_to(&new).0 as u64, BPF_F_PSEUDO_HDR as u64)?;

@@ -7,6 +7,7 @@ use netlb_common::{
     counters::Counter,
     flow::{Parsed, Tuple},
     maps::{Backend, Config, address, role},
+    relay::Relays,
     snat::{self, Snat},
     stray::{Stray, Strays},
     wire::{Ignore, Part},
@@ -25,7 +26,7 @@ use crate::{
 
 /// A family with all that packets need.
 pub(crate) trait Packet:
-    Rewrite + RewriteInPlace + Routable + Answer + Errors + Strays + Wrapping + Parts
+    Rewrite + RewriteInPlace + Routable + Answer + Errors + Strays + Wrapping + Relays + Parts
 {
 }
 

@@ -21,7 +21,7 @@ use crate::{
     frame::{Frame, Skb, Xdp},
     icmp,
     maps::{self, Errand, Kernel, Work},
-    ping, pipeline, tc,
+    ping, pipeline, relay, tc,
     tunnel::{self, Wrapped},
     xdp,
 };
@@ -219,11 +219,17 @@ pub(crate) trait Parts: Sized {
     /// See [`icmp::send`].
     fn send_error(frame: &Skb, errand: *const Errand<Self>, scope: Scope) -> i32;
     /// See [`ping::read`].
-    fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known;
+    fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> bool;
+    /// See [`ping::look_up`].
+    fn look_up_ping(work: *mut Work<Self>) -> Known;
     /// See [`ping::send`].
     fn send_ping(frame: &Skb, work: *const Work<Self>) -> i32;
     /// See [`tunnel::wrap_error`].
     fn wrap_error(frame: &Skb, errand: *const Errand<Self>) -> i32;
+    /// See [`relay::read`].
+    fn read_relayed(frame: &Skb) -> bool;
+    /// See [`relay::send`].
+    fn relay(frame: &Skb) -> i32;
     /// See [`tunnel::read`].
     fn read_wrapped(frame: &Skb, scope: Scope) -> Wrapped;
     /// See [`tunnel::unwrap`].
@@ -303,7 +309,7 @@ impl<A> Join<A> for Xdp {
 }
 
 macro_rules! parts {
-    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $send_ping:ident, $wrap_error:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
+    ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $look_up_ping:ident, $send_ping:ident, $wrap_error:ident, $read_relayed:ident, $relay:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
         // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
@@ -364,7 +370,11 @@ macro_rules! parts {
             }
 
             fn $read_ping(skb: *mut __sk_buff, work: *mut Work<$family>, scope: u32) -> u32 {
-                unsafe { work.as_mut() }.map_or(Known::Elsewhere, |work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+                unsafe { work.as_mut() }.is_some_and(|work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+            }
+
+            fn $look_up_ping(work: *mut Work<$family>) -> u32 {
+                unsafe { work.as_mut() }.map_or(Known::Elsewhere, ping::look_up) as u32
             }
 
             fn $send_ping(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
@@ -373,6 +383,14 @@ macro_rules! parts {
 
             fn $wrap_error(skb: *mut __sk_buff, errand: *const Errand<$family>) -> i32 {
                 unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| tunnel::wrap_error(&Skb::new(skb), errand))
+            }
+
+            fn $read_relayed(skb: *mut __sk_buff) -> u32 {
+                relay::read::<$family>(&Skb::new(skb)) as u32
+            }
+
+            fn $relay(skb: *mut __sk_buff) -> i32 {
+                relay::send::<$family>(&Skb::new(skb))
             }
 
             fn $read_wrapped(skb: *mut __sk_buff, scope: u32) -> u64 {
@@ -454,8 +472,13 @@ macro_rules! parts {
             }
 
             #[inline(always)]
-            fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> Known {
-                known($read_ping(frame.skb(), work, scope as u32))
+            fn read_ping(frame: &Skb, work: *mut Work<Self>, scope: Scope) -> bool {
+                $read_ping(frame.skb(), work, scope as u32) != 0
+            }
+
+            #[inline(always)]
+            fn look_up_ping(work: *mut Work<Self>) -> Known {
+                known($look_up_ping(work))
             }
 
             #[inline(always)]
@@ -466,6 +489,16 @@ macro_rules! parts {
             #[inline(always)]
             fn wrap_error(frame: &Skb, errand: *const Errand<Self>) -> i32 {
                 $wrap_error(frame.skb(), errand)
+            }
+
+            #[inline(always)]
+            fn read_relayed(frame: &Skb) -> bool {
+                $read_relayed(frame.skb()) != 0
+            }
+
+            #[inline(always)]
+            fn relay(frame: &Skb) -> i32 {
+                $relay(frame.skb())
             }
 
             #[inline(always)]
@@ -515,8 +548,11 @@ parts!(
     understand_error_v4,
     send_error_v4,
     read_ping_v4,
+    look_up_ping_v4,
     send_ping_v4,
     wrap_error_v4,
+    read_relayed_v4,
+    relay_v4,
     read_wrapped_v4,
     unwrap_v4,
     claim_v4,
@@ -538,8 +574,11 @@ parts!(
     understand_error_v6,
     send_error_v6,
     read_ping_v6,
+    look_up_ping_v6,
     send_ping_v6,
     wrap_error_v6,
+    read_relayed_v6,
+    relay_v6,
     read_wrapped_v6,
     unwrap_v6,
     claim_v6,

@@ -287,6 +287,41 @@ pub fn wrapped(frame: &[u8], source: IpAddr, destination: IpAddr) -> Vec<u8> {
     wrapped
 }
 
+/// An ICMP error as a router makes it: type, code and the rest of its header, whose checksum is filled in, and what it quotes.
+pub fn icmp_error(
+    (to_mac, from_mac): (Mac, Mac),
+    (from, to): (IpAddr, IpAddr),
+    ttl: u8,
+    head: [u8; 8],
+    quote: &[u8],
+) -> Vec<u8> {
+    let mut frame = Vec::from_iter(to_mac.into_iter().chain(from_mac));
+    let mut message = Vec::from_iter(head.iter().chain(quote).copied());
+    let len = message.len() as u16;
+    let mut sum = etherparse::checksum::Sum16BitWords::new();
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            frame.extend([8, 0, 0x45, 0xc0]);
+            frame.extend((Ipv4Header::MIN_LEN as u16 + len).to_be_bytes());
+            frame.extend([0x12, 0x34, 0, 0, ttl, 1, 0, 0]);
+            frame.extend(from.octets().into_iter().chain(to.octets()));
+            patch(&mut frame, ETHERNET, &[0x45]);
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            frame.extend(len.to_be_bytes());
+            frame.extend([58, ttl]);
+            frame.extend(from.octets().into_iter().chain(to.octets()));
+            sum = sum.add_slice(&frame[ETHERNET + 8..]).add_2bytes(len.to_be_bytes()).add_2bytes([0, 58]);
+        }
+        (from, to) => panic!("{from} and {to} are of two families"),
+    }
+    let check = sum.add_slice(&message).ones_complement();
+    message[2..4].copy_from_slice(&check.to_ne_bytes());
+    frame.extend(message);
+    frame
+}
+
 #[cfg(test)]
 mod tests {
     use etherparse::SlicedPacket;

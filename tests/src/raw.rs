@@ -23,39 +23,96 @@ pub fn sender(to: IpAddr) -> io::Result<UdpSocket> {
 
 /// Asks an address for three echoes from the calling thread's namespace, with so much patience for each.
 pub fn ping(to: IpAddr, patience: Duration) -> Result<()> {
-    const ID: [u8; 2] = [0x12, 0x34];
-    let (family, protocol, request, reply) = if to.is_ipv4() {
-        (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0)
-    } else {
-        (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128, 129)
-    };
-    let socket = UdpSocket::from(open(family, libc::SOCK_RAW, protocol)?);
-    socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+    ping_with(to, 56, patience)
+}
+
+/// The same with a length of what is sent, which may be more than fits a packet.
+pub fn ping_with(to: IpAddr, len: usize, patience: Duration) -> Result<()> {
+    let echoes = Echoes::of(to)?;
     for number in 1..=3 {
-        let mut message = vec![request, 0, 0, 0, ID[0], ID[1], 0, number];
-        message.extend([0x42; 56]);
+        let sent = echoes.send(to, number, len)?;
+        let (from, heard) = echoes.hear(patience, |heard| heard[0] == echoes.reply && heard[4..] == sent[4..])?;
+        ensure!(from == to, "{from} answered request {number}, {} bytes", heard.len());
+    }
+    Ok(())
+}
+
+/// A socket that sends echo requests, from the calling thread's namespace, and hears all of ICMP.
+#[derive(Debug)]
+pub struct Echoes {
+    socket: UdpSocket,
+    request: u8,
+    reply: u8,
+}
+
+impl Echoes {
+    const ID: [u8; 2] = [0x12, 0x34];
+
+    /// For an address's family.
+    pub fn of(to: IpAddr) -> Result<Self> {
+        let (family, protocol, request, reply) = if to.is_ipv4() {
+            (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0)
+        } else {
+            (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128, 129)
+        };
+        let socket = UdpSocket::from(open(family, libc::SOCK_RAW, protocol)?);
+        socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+        Ok(Self { socket, request, reply })
+    }
+
+    /// Gives requests so many hops, and forbids routers to fragment them.
+    pub fn limit(&self, hops: u32, is_v6: bool) -> io::Result<()> {
+        let (level, ttl, discover, probe) = if is_v6 {
+            (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
+        } else {
+            (libc::IPPROTO_IP, libc::IP_TTL, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
+        };
+        for (option, value) in [(ttl, hops as i32), (discover, probe)] {
+            // SAFETY: the value is readable for its length.
+            let result = unsafe {
+                libc::setsockopt(
+                    self.socket.as_raw_fd(),
+                    level,
+                    option,
+                    (&raw const value).cast(),
+                    size_of_val(&value) as u32,
+                )
+            };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a request with a number, and returns it.
+    pub fn send(&self, to: IpAddr, number: u8, len: usize) -> io::Result<Vec<u8>> {
+        let mut message = vec![self.request, 0, 0, 0, Self::ID[0], Self::ID[1], 0, number];
+        message.resize(8 + len, 0x42);
         if to.is_ipv4() {
             let sum = etherparse::checksum::Sum16BitWords::new().add_slice(&message).ones_complement();
             message[2..4].copy_from_slice(&sum.to_ne_bytes());
         }
-        socket.send_to(&message, SocketAddr::new(to, 0))?;
+        self.socket.send_to(&message, SocketAddr::new(to, 0))?;
+        Ok(message)
+    }
+
+    /// The first message that is the one waited for, and whose it is.
+    pub fn hear(&self, patience: Duration, is_it: impl Fn(&[u8]) -> bool) -> Result<(IpAddr, Vec<u8>)> {
         let begin = Instant::now();
+        let mut heard = vec![0; 1 << 16];
         loop {
-            ensure!(begin.elapsed() < patience, "no reply to echo request {number}");
-            let mut heard = [0; 256];
-            let (len, from) = match socket.recv_from(&mut heard) {
+            ensure!(begin.elapsed() < patience, "nothing was heard that was waited for");
+            let (len, from) = match self.socket.recv_from(&mut heard) {
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => continue,
                 heard => heard?,
             };
-            let at = if to.is_ipv4() { 20 } else { 0 };
-            let heard = &heard[at..len];
-            if heard[0] == reply && heard[4..6] == ID && heard[7] == number {
-                ensure!(from.ip() == to && heard[8..] == message[8..], "{from} answered otherwise: {heard:?}");
-                break;
+            let at = if from.is_ipv4() { 20 } else { 0 };
+            if len >= at + 8 && is_it(&heard[at..len]) {
+                return Ok((from.ip(), heard[at..len].to_vec()));
             }
         }
     }
-    Ok(())
 }
 
 /// What an interface of the calling thread's namespace receives, from now on.

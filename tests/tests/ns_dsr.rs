@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use netlb_integration::clients;
 use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
+use netlb_integration::exec::wait_until;
 use netlb_integration::netns::Namespace;
+use netlb_integration::raw;
 use netlb_integration::run::Run;
 use netlb_integration::servers;
 use netlb_integration::testing::TestResult;
-use netlb_integration::topology::{Family, Host, Layout, Plan, Testbed, vip};
+use netlb_integration::topology::{Family, Host, Layout, Plan, Pod, Testbed, vip};
 
 const ACCEPT: &str = "\n[dsr]\naccept_from = [\"192.168.50.11/32\", \"fd00:192:168:50::/64\"]\n";
 const WAIT: Duration = Duration::from_secs(5);
@@ -102,44 +104,149 @@ fn a_backend_of_another_node_sees_the_client_and_answers_it_straight() -> TestRe
     Ok(())
 }
 
+const UPLOAD: usize = 20 << 20;
+
+fn sink(pod: &Pod, family: Family) -> SocketAddr {
+    SocketAddr::new(pod.ip(family), 9000)
+}
+
+fn sinks(pod: &Pod) -> Vec<Service> {
+    let service = |family| {
+        let vip = format!("{}/tcp", front(family, 80));
+        Service::new(&name("sink", family), vip, [sink(pod, family)]).mode("dsr")
+    };
+    Family::BOTH.map(service).to_vec()
+}
+
+/// Uploads from outside to the service of a pod, at once.
+fn upload(bed: &Testbed, to: &Pod, family: Family) -> Result<()> {
+    let listener = to.ns.enter(|| TcpListener::bind(sink(to, family)))??;
+    let begin = Instant::now();
+    let mut client = bed.outside()?.enter(|| TcpStream::connect_timeout(&front(family, 80), WAIT))??;
+    client.set_write_timeout(Some(WAIT))?;
+    client.set_read_timeout(Some(WAIT))?;
+    let (mut server, _) = listener.accept()?;
+    server.set_read_timeout(Some(WAIT))?;
+    let received = std::thread::scope(|scope| -> Result<usize> {
+        let received = scope.spawn(move || -> std::io::Result<usize> {
+            let (mut total, mut buffer) = (0, vec![0; 1 << 16]);
+            loop {
+                match server.read(&mut buffer)? {
+                    0 => return Ok(total),
+                    len => total += len,
+                }
+            }
+        });
+        client.write_all(&vec![b'u'; UPLOAD]).context("the upload stalled")?;
+        client.shutdown(std::net::Shutdown::Write)?;
+        Ok(received.join().expect("no panic")?)
+    })?;
+    assert_eq!(received, UPLOAD, "{family}");
+    assert!(begin.elapsed() < WAIT, "{family}: {:?}", begin.elapsed());
+    Ok(())
+}
+
+/// What a namespace has learned of how long packets may be.
+fn learned(ns: &Namespace, to: &str) -> Result<String> {
+    Ok(ns.command("ip").args(["route", "get", to]).run()?.success()?.stdout)
+}
+
 /// Large packets as the kernels hand them on, several segments in one, and segments as long as the way takes.
 #[test]
 fn a_large_upload_is_told_how_much_fits_and_arrives() -> TestResult {
-    const UPLOAD: usize = 20 << 20;
     let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
     let far = bed.pod(Host::B, "far")?;
-    let sink = |family| SocketAddr::new(far.ip(family), 9000);
-    let services = Family::BOTH.map(|family| {
-        Service::new(&name("sink", family), format!("{}/tcp", front(family, 80)), [sink(family)]).mode("dsr")
-    });
-    let netlbs = both(&bed, Forwarding::Fast, "off", &services)?;
+    let netlbs = both(&bed, Forwarding::Fast, "off", &sinks(&far))?;
     for family in Family::BOTH {
-        let listener = far.ns.enter(|| TcpListener::bind(sink(family)))??;
-        let begin = Instant::now();
-        let mut client = bed.outside()?.enter(|| TcpStream::connect_timeout(&front(family, 80), WAIT))??;
-        client.set_write_timeout(Some(WAIT))?;
-        client.set_read_timeout(Some(WAIT))?;
-        let (mut server, _) = listener.accept()?;
-        server.set_read_timeout(Some(WAIT))?;
-        let received = std::thread::scope(|scope| -> Result<usize> {
-            let received = scope.spawn(move || -> std::io::Result<usize> {
-                let (mut total, mut buffer) = (0, vec![0; 1 << 16]);
-                loop {
-                    match server.read(&mut buffer)? {
-                        0 => return Ok(total),
-                        len => total += len,
-                    }
-                }
-            });
-            client.write_all(&vec![b'u'; UPLOAD]).context("the upload stalled")?;
-            client.shutdown(std::net::Shutdown::Write)?;
-            Ok(received.join().expect("no panic")?)
-        })
-        .with_context(|| format!("{family}: {}", netlbs[0].log()))?;
-        assert_eq!(received, UPLOAD, "{family}");
-        assert!(begin.elapsed() < WAIT, "{family}: {:?}", begin.elapsed());
+        upload(&bed, &far, family).with_context(|| format!("{family}: {}", netlbs[0].log()))?;
     }
     assert!(netlbs[0].counter("too_big")? >= 2);
+    Ok(())
+}
+
+/// A router between the nodes, with a link that only it knows to be narrow: it tells the balancing node, which has sent the outer packet.
+fn narrow(bed: &Testbed, mtu: u32) -> Result<Namespace> {
+    let ns = Namespace::new(Run::current()?.next_number(), "narrow")?;
+    ns.sysctl("net/ipv4/ip_forward", "1")?;
+    ns.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    ns.sysctl("net/ipv4/conf/all/send_redirects", "0")?;
+    ns.sysctl("net/ipv4/conf/default/send_redirects", "0")?;
+    let [pods4, pods6] = Family::BOTH.map(|family| Host::B.pod_address(family, 0));
+    let [far4, far6] = Family::BOTH.map(|family| Host::B.underlay_address(family));
+    let switch = bed.switch()?;
+    ns.ip(&format!(
+        "link add eth0 mtu 1500 type veth peer name to-narrow mtu 1500\n\
+         link set to-narrow netns {}\n\
+         link set eth0 up\n\
+         addr add 192.168.50.200/24 dev eth0\n\
+         addr add fd00:192:168:50::200/64 dev eth0 nodad\n\
+         route add {pods4}/24 via {far4} mtu lock {mtu}\n\
+         route add {pods6}/64 via {far6} mtu lock {mtu}\n",
+        switch.name()
+    ))?;
+    switch.ip("link set to-narrow master br0\nlink set to-narrow up\n")?;
+    let near = &bed.node(Host::A)?.ns;
+    near.ip(&format!(
+        "route replace {pods4}/24 via 192.168.50.200\nroute replace {pods6}/64 via fd00:192:168:50::200\n"
+    ))?;
+    for router in ["192.168.50.200", "fd00:192:168:50::200"] {
+        let router = router.parse()?;
+        wait_until("the router to be there", 2 * WAIT, || Ok(near.enter(|| raw::ping(router, WAIT / 5))?.ok()))?;
+    }
+    Ok(ns)
+}
+
+#[test]
+fn a_large_upload_over_a_narrow_link_between_the_nodes_arrives() -> TestResult {
+    const MTU: u32 = 1400;
+    for forwarding in Forwarding::BOTH {
+        let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
+        let far = bed.pod(Host::B, "far")?;
+        let _router = narrow(&bed, MTU)?;
+        let netlbs = both(&bed, forwarding, "off", &sinks(&far))?;
+        for family in Family::BOTH {
+            let case = format!("{forwarding}, {family}");
+            upload(&bed, &far, family).with_context(|| case.clone())?;
+            let inner = MTU - if family == Family::V4 { 20 } else { 40 };
+            let route = learned(bed.outside()?, &vip(family, 10).to_string())?;
+            assert!(route.contains(&format!("mtu {inner}")), "{case}: what the client learned: {route}");
+        }
+        assert!(netlbs[0].counter("icmp_translated")? >= 2, "{forwarding}");
+        assert_eq!(netlbs[0].counter("dsr_error_lost")?, 0, "{forwarding}");
+    }
+    Ok(())
+}
+
+/// An overlay takes 50 bytes of every packet, and what is wrapped 20 or 40 more.
+#[test]
+fn large_transfers_through_vxlan_arrive_at_once() -> TestResult {
+    let accept = "\n[dsr]\naccept_from = [\"10.244.1.0/32\", \"fd00:10:244:1::/128\"]\n";
+    let bed = Plan::new(Layout::Vxlan).with_outside_client().build()?;
+    let far = bed.pod(Host::B, "far")?;
+    let nginx = servers::nginx(&far, 8080)?;
+    let original = servers::nginx_file(&nginx, "data", 20)?;
+    let copy = original.with_extension("copy");
+    let web = |family| {
+        let vip = format!("{}/tcp", front(family, 81));
+        Service::new(&name("web", family), vip, [nginx.addr(family)]).mode("dsr")
+    };
+    for forwarding in Forwarding::BOTH {
+        let start = |host| {
+            let node = bed.node(host)?;
+            let services = sinks(&far).into_iter().chain(Family::BOTH.map(web));
+            Netlb::start(node, &services.fold(Config::new(node, forwarding).extra(accept), Config::service))
+        };
+        let [a, b] = [start(Host::A)?, start(Host::B)?];
+        for family in Family::BOTH {
+            let case = format!("{forwarding}, {family}");
+            upload(&bed, &far, family).with_context(|| case.clone())?;
+            let begin = Instant::now();
+            clients::download(bed.outside()?, front(family, 81), "data", &copy).with_context(|| case.clone())?;
+            assert!(begin.elapsed() < WAIT, "{case}: {:?}", begin.elapsed());
+            assert_eq!(clients::sha256(&copy)?, clients::sha256(&original)?, "{case}");
+        }
+        assert!(a.counter("dsr_wrapped")? > 100 && b.counter("dsr_unwrapped")? > 100, "{forwarding}");
+    }
     Ok(())
 }
 
@@ -204,7 +311,7 @@ fn a_large_download_through_a_narrow_link_arrives_at_once() -> TestResult {
                 Family::V4 => "172.31.0.2",
                 Family::V6 => "fd00:172::2",
             };
-            let route = far.ns.command("ip").args(["route", "get", to]).run()?.success()?.stdout;
+            let route = learned(&far.ns, to)?;
             assert!(route.contains(&format!("mtu {}", client.mtu)), "{case}: what the backend learned: {route}");
         }
         for netlb in &netlbs {
@@ -218,7 +325,7 @@ fn a_large_download_through_a_narrow_link_arrives_at_once() -> TestResult {
 fn a_change_of_the_backends_leaves_connections_where_they_are() -> TestResult {
     let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
     let (one, two) = (bed.pod(Host::B, "one")?, bed.pod(Host::B, "two")?);
-    let backend = |pod: &netlb_integration::topology::Pod, family| SocketAddr::new(pod.ip(family), 9000);
+    let backend = |pod: &Pod, family| SocketAddr::new(pod.ip(family), 9000);
     let netlbs = both(&bed, Forwarding::Fast, "off", &[])?;
     for family in Family::BOTH {
         let service = name("talk", family);

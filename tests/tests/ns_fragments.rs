@@ -3,14 +3,14 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use netlb_integration::cluster::Cluster;
-use netlb_integration::daemon::Forwarding;
+use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
 use netlb_integration::frames::{Packet, fragments};
 use netlb_integration::raw;
 use netlb_integration::servers::{self, Answer, Protocol};
 use netlb_integration::testing::TestResult;
-use netlb_integration::topology::{Family, Layout, Plan};
+use netlb_integration::topology::{Family, Host, Layout, Plan, vip};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a datagram in each fragment that fits 1500.
@@ -73,6 +73,56 @@ fn fragments_in_any_order_are_put_together() -> TestResult {
                         assert_eq!(answer.client.ip(), cluster.client.ip(family), "{what}: whom the backend sees");
                     }
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A network card with several queues may have brought the backend's node to this.
+#[test]
+fn replies_in_any_order_are_put_together() -> TestResult {
+    for (layout, mtu, size) in [
+        (Layout::Ptp, 1500, SIZE),
+        (Layout::Bridge, 1500, SIZE),
+        (Layout::Ptp, 9000, 8936),
+        (Layout::Bridge, 9000, 8936),
+    ] {
+        let bed = Plan::new(layout).pod_mtu(mtu).build()?;
+        let (client, backend) = (bed.pod(Host::A, "client")?, bed.pod(Host::A, "backend")?);
+        for forwarding in Forwarding::BOTH {
+            for family in Family::BOTH {
+                let (at, front) = (SocketAddr::new(backend.ip(family), 7001), SocketAddr::new(vip(family, 10), 7000));
+                let mut config = Config::new(bed.node_a(), forwarding);
+                if layout == Layout::Bridge {
+                    config = config.bridge("br0");
+                }
+                let service = Service::new("long", format!("{front}/udp"), [at]);
+                let netlb = Netlb::start(bed.node_a(), &config.service(service))?;
+                let socket = client.ns.enter(|| UdpSocket::bind(SocketAddr::new(client.ip(family), 0)))??;
+                let server = backend.ns.enter(|| UdpSocket::bind(at))??;
+                for socket in [&socket, &server] {
+                    socket.set_read_timeout(Some(PATIENCE))?;
+                }
+                for (id, (order, arrange)) in (0x2345..).zip(ORDERS) {
+                    let what = format!("{layout:?}, {mtu}, {forwarding}, {family}, {order}; {}", netlb.log());
+                    let sent = datagram(60_000);
+                    socket.send_to(b"how long?", front)?;
+                    let (_, from) = server.recv_from(&mut [0; 16]).with_context(|| what.clone())?;
+                    let packet = Packet::udp(at, from).may_fragment().payload(&*sent);
+                    let mut frames = fragments(&packet.frame(), id, size);
+                    arrange(&mut frames);
+                    backend.ns.enter(|| -> Result<()> {
+                        let sender = raw::sender(from.ip())?;
+                        frames.iter().try_for_each(|frame| raw::send(&sender, frame, from.ip()))?;
+                        Ok(())
+                    })??;
+                    let mut heard = vec![0; 1 << 16];
+                    let (len, from) = socket.recv_from(&mut heard).with_context(|| what.clone())?;
+                    assert!(from == front && heard[..len] == sent, "{what}: {len} bytes from {from}");
+                }
+                assert!(netlb.counter("fragments_held")? >= 6, "{layout:?}, {mtu}, {forwarding}, {family}");
+                assert_eq!(netlb.counter("fragment")?, 0, "{layout:?}, {mtu}, {forwarding}, {family}");
             }
         }
     }

@@ -84,11 +84,35 @@ fn a_client_learns_at_once_that_its_backend_has_no_socket() -> TestResult {
     Ok(())
 }
 
+/// The node's kernel looks for the host for three seconds, and says then what it knows the packet as.
+#[test]
+fn a_client_learns_that_its_backend_is_not_there() -> TestResult {
+    let bed = Site::Far.build()?;
+    let client = bed.pod(Host::A, "client")?;
+    for forwarding in Forwarding::BOTH {
+        for (family, nobody) in Family::BOTH.into_iter().zip(["192.168.50.77", "fd00:192:168:50::77"]) {
+            let backend = SocketAddr::new(nobody.parse()?, 9000);
+            let service = Service::new("sink", format!("{}/udp", server(family)), [backend]);
+            let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), forwarding).service(service))?;
+            let what = || format!("{forwarding}, {family}; {}", netlb.log());
+            let error = client.ns.enter(|| ask(server(family)))?.with_context(what)?;
+            assert_eq!(error.kind(), ErrorKind::HostUnreachable, "{}", what());
+            assert_eq!(netlb.counter("icmp_translated")?, 1, "{}", what());
+        }
+    }
+    Ok(())
+}
+
 /// Sends a datagram and says what the connected socket hears of it.
 fn ask(server: SocketAddr) -> Result<io::Error> {
     let socket = UdpSocket::bind(if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
     socket.connect(server)?;
     socket.set_read_timeout(Some(AT_ONCE))?;
+    // Otherwise a socket hears only of what is for good.
+    match server {
+        SocketAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
+        SocketAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
+    }
     socket.send(b"anybody?")?;
     match socket.recv(&mut [0; 16]) {
         Ok(len) => bail!("an answer of {len} bytes"),

@@ -1,12 +1,15 @@
 //! Pods reach the world, which sees the node: it knows no way to pods.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
+use netlb_integration::exec::wait_until;
+use netlb_integration::netns::Namespace;
 use netlb_integration::raw;
+use netlb_integration::run::Run;
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Pod, Testbed, vip};
 
@@ -76,6 +79,73 @@ fn the_world_sees_the_node_and_its_answers_reach_the_pod() -> TestResult {
             let flow = flows.iter().find(is_it).with_context(|| format!("{family}, {protocol}: {flows:?}"))?;
             assert_eq!((ip(&flow["source"]), &flow["service"]), (Some(node), &serde_json::Value::Null), "{flow}");
         }
+    }
+    Ok(())
+}
+
+/// A host beyond a router in the world, whose link to it takes less than all others.
+fn beyond(bed: &Testbed, mtu: u32) -> Result<Namespace> {
+    let ns = Namespace::new(Run::current()?.next_number(), "beyond")?;
+    let router = bed.outside()?;
+    router.sysctl("net/ipv4/ip_forward", "1")?;
+    router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    ns.ip(&format!(
+        "link add eth0 mtu {mtu} type veth peer name beyond mtu {mtu}\n\
+         link set beyond netns {}\n\
+         link set eth0 up\n\
+         addr add 172.31.0.2/24 dev eth0\n\
+         addr add fd00:172::2/64 dev eth0 nodad\n\
+         route add default via 172.31.0.1\n\
+         route add ::/0 via fd00:172::1\n",
+        router.name()
+    ))?;
+    router.ip("link set beyond up\n\
+         addr add 172.31.0.1/24 dev beyond\n\
+         addr add fd00:172::1/64 dev beyond nodad\n")?;
+    bed.node_a()
+        .ns
+        .ip("route add 172.31.0.0/24 via 192.168.50.100\nroute add fd00:172::/64 via fd00:192:168:50::64\n")?;
+    Ok(ns)
+}
+
+/// What `traceroute -I` and `ping -M do` live by, and pings that are longer than packets.
+#[test]
+fn a_pods_pings_are_answered_by_routers_and_in_fragments() -> TestResult {
+    const MTU: u32 = 1350;
+    for (forwarding, rp_filter) in [(Forwarding::Fast, 1), (Forwarding::Stack, 1)] {
+        let bed = Plan::new(Layout::Ptp).with_outside_client().rp_filter(rp_filter).build()?;
+        let pod = bed.pod(Host::A, "client")?;
+        let _world = World::open(&bed)?;
+        let _beyond = beyond(&bed, MTU)?;
+        let netlb = Netlb::start(bed.node_a(), &Config::new(bed.node_a(), forwarding).extra(MASQUERADE))?;
+        for to in ["172.31.0.2", "fd00:172::2"] {
+            let to: IpAddr = to.parse()?;
+            let what = format!("{forwarding}, {to}");
+            wait_until("the host beyond to answer", 2 * WAIT, || Ok(pod.ns.enter(|| raw::ping(to, WAIT / 5))?.ok()))
+                .with_context(|| what.clone())?;
+            let echoes = pod.ns.enter(|| raw::Echoes::of(to))??;
+            let router: IpAddr = if to.is_ipv4() { "192.168.50.100" } else { "fd00:192:168:50::64" }.parse()?;
+            pod.ns.enter(|| raw::ping_with(router, 4000, WAIT))?.with_context(|| format!("in fragments, {what}"))?;
+            // Of IPv6 the socket leaves the checksum to the kernel.
+            let quotes = |heard: &[u8], sent: &[u8]| {
+                let at = if to.is_ipv4() { 28 } else { 48 };
+                heard.get(at..at + 2) == Some(&sent[..2]) && heard.get(at + 4..at + 8) == Some(&sent[4..8])
+            };
+            let (exceeded, too_big) = if to.is_ipv4() { ([11, 0], [3, 4]) } else { ([3, 0], [2, 0]) };
+            echoes.limit(2, to.is_ipv6())?;
+            let sent = echoes.send(to, 8, 56)?;
+            let heard = echoes.hear(WAIT, |heard| heard[..2] == exceeded && quotes(heard, &sent));
+            assert_eq!(heard.with_context(|| format!("the second hop, {what}"))?.0, router, "{what}");
+            echoes.limit(64, to.is_ipv6())?;
+            let sent = echoes.send(to, 9, 1400)?;
+            let heard = echoes.hear(WAIT, |heard| heard[..2] == too_big && quotes(heard, &sent));
+            let (from, heard) = heard.with_context(|| format!("the narrow link, {what}"))?;
+            assert_eq!((from, u16::from_be_bytes([heard[6], heard[7]])), (router, MTU as u16), "{what}");
+            pod.ns
+                .enter(|| raw::ping_with(to, 4000, WAIT))?
+                .with_context(|| format!("as long as it was told, {what}"))?;
+        }
+        assert!(netlb.counter("icmp_translated")? >= 4, "{forwarding}");
     }
     Ok(())
 }

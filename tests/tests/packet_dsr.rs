@@ -9,7 +9,7 @@ use netlb::resolve::Node;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
 use netlb_common::network::{Network, Networks};
-use netlb_integration::frames::{ACK, ETHERNET, FIN, Packet, RST, SYN, SYN_ACK, fragments, patch, wrapped};
+use netlb_integration::frames::{ACK, ETHERNET, FIN, Packet, RST, SYN, SYN_ACK, fragments, icmp_error, patch, wrapped};
 use netlb_integration::lab::{
     self, BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT,
     XDP_PASS, XDP_REDIRECT, addr, destination, mac, source,
@@ -225,28 +225,11 @@ fn error(case: Case, about: &Packet) -> Vec<u8> {
     let router = case.host(1, 29);
     let quoted = about.frame();
     let quoted = &quoted[ETHERNET..(ETHERNET + 68).min(quoted.len())];
-    let mut frame = Vec::from_iter(CLIENTS_MAC.into_iter().chain(mac(router)));
-    let len = (8 + quoted.len()) as u16;
-    match (router, about.source.ip()) {
-        (IpAddr::V4(router), IpAddr::V4(to)) => {
-            frame.extend([8, 0, 0x45, 0xc0]);
-            frame.extend((20 + len).to_be_bytes());
-            frame.extend([0x12, 0x34, 0, 0, 61, 1, 0, 0]);
-            frame.extend(router.octets().into_iter().chain(to.octets()));
-            frame.extend([3, 4, 0, 0, 0, 0, 5, 20]);
-        }
-        (IpAddr::V6(router), IpAddr::V6(to)) => {
-            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
-            frame.extend(len.to_be_bytes());
-            frame.extend([58, 61]);
-            frame.extend(router.octets().into_iter().chain(to.octets()));
-            frame.extend([2, 0, 0, 0, 0, 0, 5, 20]);
-        }
-        (router, to) => panic!("{router} and {to} are of two families"),
-    }
-    frame.extend(quoted);
-    patch(&mut frame, ETHERNET, if case.family == Family::V4 { &[0x45] } else { &[0x60] });
-    frame
+    icmp_error((CLIENTS_MAC, mac(router)), (router, about.source.ip()), 61, too_big(case.family), quoted)
+}
+
+fn too_big(family: Family) -> [u8; 8] {
+    if family == Family::V4 { [3, 4, 0, 0, 0, 0, 5, 20] } else { [2, 0, 0, 0, 0, 0, 5, 84] }
 }
 
 /// With one hop less, and the hardware addresses of a way.
@@ -279,6 +262,131 @@ fn an_error_about_what_a_backend_sent_is_wrapped_for_it() -> TestResult {
             let other = error(case, &case.segment(vip, case.client(40001), ACK));
             assert_eq!(lab.from_clients(&other), Outcome { verdict: PASS, frame: other }, "{case}: of no flow");
         }
+    }
+    Ok(())
+}
+
+/// What a router between the nodes says of a packet that the balancing node wrapped.
+fn told(case: Case, head: [u8; 8], about: &[u8], quoted: usize) -> Vec<u8> {
+    let router = case.host(2, 29);
+    let quote = &about[ETHERNET..about.len().min(ETHERNET + quoted)];
+    icmp_error((BACKENDS_MAC, mac(router)), (router, node(case)), 61, head, quote)
+}
+
+/// What the client is told instead: by the service, of what it sent.
+fn relayed(case: Case, head: [u8; 8], inner: &[u8]) -> Vec<u8> {
+    let (client, vip) = (case.client(40000).ip(), case.vip(80).ip());
+    let quote = &inner[..inner.len().min(if case.family == Family::V4 { 84 } else { 256 })];
+    let mut frame = icmp_error((mac(client), CLIENTS_MAC), (vip, client), 64, head, quote);
+    if case.family == Family::V4 {
+        patch(&mut frame, ETHERNET + 1, &[0]);
+        patch(&mut frame, ETHERNET + 4, &[0, 0, 0x40, 0]);
+    }
+    frame
+}
+
+/// Types and codes, with what is in the rest of the header, and the same as the client is told.
+fn relays(family: Family) -> Vec<([u8; 8], [u8; 8])> {
+    match family {
+        Family::V4 => {
+            let unreachable = [3, 1, 0, 0, 0, 0, 0, 0];
+            let mut all = vec![(too_big(family), [3, 4, 0, 0, 0, 0, 5, 0])];
+            all.extend(
+                [(3, 0), (3, 1), (3, 2), (3, 13), (11, 0)].map(|(a, b)| ([a, b, 0, 0, 0, 0, 0, 0], unreachable)),
+            );
+            all
+        }
+        Family::V6 => {
+            let unreachable = [1, 3, 0, 0, 0, 0, 0, 0];
+            // Nobody is asked for less than 1280 bytes.
+            let mut all = vec![
+                (too_big(family), [2, 0, 0, 0, 0, 0, 5, 44]),
+                ([2, 0, 0, 0, 0, 0, 5, 20], [2, 0, 0, 0, 0, 0, 5, 0]),
+            ];
+            all.extend([(1, 0), (1, 3), (3, 0), (4, 1)].map(|(a, b)| ([a, b, 0, 0, 0, 0, 0, 0], unreachable)));
+            all
+        }
+    }
+}
+
+#[test]
+fn an_error_about_a_wrapped_packet_is_one_about_the_clients() -> TestResult {
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = balancer(Lab::at_with(&Site::default(), forwarding)?)?;
+        for case in CASES {
+            lab.begin([dsr(case, &[3])]);
+            let (client, vip) = (case.client(40000), case.vip(80));
+            let out = lab.from_clients(case.packet(client, vip).frame());
+            assert_eq!(out.verdict, REDIRECT, "{case}");
+            let headers = 2 * usize::from(overhead(case.family));
+            let long = case.segment(client, vip, ACK).payload([0xa5; 1200]);
+            let sent = lab.from_clients(long.frame()).frame;
+            let short = lab.from_clients(case.segment(client, vip, ACK).payload([1; 7]).frame()).frame;
+            lab.counts();
+            for (said, heard) in relays(case.family) {
+                for (about, quoted) in
+                    [(&sent, 528), (&sent, headers + 8), (&sent, headers + 9), (&sent, 1232), (&short, 528)]
+                {
+                    let what = format!("{case}: {said:?}, {quoted} bytes");
+                    let error = told(case, said, about, quoted);
+                    let end = about.len().min(ETHERNET + quoted);
+                    let inner = &about[ETHERNET + usize::from(overhead(case.family))..end];
+                    let expected = Outcome { verdict: REDIRECT, frame: relayed(case, heard, inner) };
+                    assert_eq!(lab.from_backends(&error), expected, "{what}");
+                    let counted = [(Counter::ToInterface, 1), (Counter::IcmpTranslated, 1)];
+                    assert_eq!(lab.counts(), counted, "{what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Each of these is wrong in one thing alone.
+#[test]
+fn an_error_about_a_wrapped_packet_that_says_too_little_or_is_about_none_passes() -> TestResult {
+    let mut lab = balancer(Lab::fast()?)?;
+    for case in CASES {
+        lab.begin([dsr(case, &[3])]);
+        let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+        let out = lab.from_clients(case.packet(client, vip).frame());
+        assert_eq!(out.verdict, REDIRECT, "{case}");
+        let about = case.segment(client, vip, ACK).payload([0xa5; 77]);
+        let sent = lab.from_clients(about.frame()).frame;
+        lab.counts();
+        let (said, headers) = (too_big(case.family), 2 * usize::from(overhead(case.family)));
+        let of = |packet: Packet, from: IpAddr, to: IpAddr| told(case, said, &wrapped(&packet.frame(), from, to), 528);
+        let mut lost = vec![
+            ("of no flow", of(about.clone().from(case.client(40001)), node(case), backend.ip())),
+            ("to another port", of(about.clone().to(case.vip(81)), node(case), backend.ip())),
+            ("no packet inside", told(case, said, &sent, headers / 2)),
+            ("no ports inside", told(case, said, &sent, headers + 7)),
+        ];
+        let mut vague = said;
+        vague[4..].fill(0);
+        lost.push(("how long it may be", told(case, vague, &sent, 528)));
+        for (what, frame) in lost {
+            assert_eq!(lab.from_backends(&frame), Outcome { verdict: PASS, frame: frame.clone() }, "{case}: {what}");
+            assert_eq!(lab.counts(), [(Counter::DsrErrorLost, 1)], "{case}: {what}");
+        }
+        // Known at an address where backends are, and wrapped for another one.
+        lab.serve([dsr(case, &[3, 4])]);
+        let elsewhere = of(about.clone(), node(case), case.backend(4).ip());
+        let out = lab.from_backends(&elsewhere);
+        assert_eq!(out, Outcome { verdict: PASS, frame: elsewhere }, "{case}: to another backend");
+        assert_eq!(lab.counts(), [(Counter::DsrErrorLost, 1)], "{case}");
+        let other = [
+            ("by somebody else", of(about.clone(), case.host(2, 17), backend.ip())),
+            ("to no backend", of(about.clone(), node(case), case.host(2, 18))),
+            ("about a packet that was not wrapped", told(case, said, &about.clone().frame(), 528)),
+        ];
+        for (what, frame) in other {
+            assert_eq!(lab.from_backends(&frame), Outcome { verdict: PASS, frame: frame.clone() }, "{case}: {what}");
+            assert_eq!(lab.counts(), [], "{case}: {what}");
+        }
+        let error = told(case, said, &sent, 528);
+        assert_eq!(lab.to_clients(&error), Outcome { verdict: PASS, frame: error.clone() }, "{case}: on its way out");
+        assert_eq!(lab.counts(), [], "{case}");
     }
     Ok(())
 }

@@ -1,9 +1,11 @@
 //! Fragments: what one piece of a datagram gets, all get, in whatever order they come.
 
+use std::net::SocketAddr;
+
 use netlb::datapath::kernel::testing::Program;
 use netlb::model::Protocol;
 use netlb_common::counters::Counter;
-use netlb_common::fragment::{FRAME, Region};
+use netlb_common::fragment::Region;
 use netlb_integration::frames::{ACK, ETHERNET, Packet, SYN_ACK, fragments, patch};
 use netlb_integration::lab::{
     BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT, XDP_PASS, mac,
@@ -299,23 +301,80 @@ fn what_waited_for_a_datagram_of_no_service_passes_after_that() -> TestResult {
     Ok(())
 }
 
-/// A backend's own traffic is never kept from it, and what the kernel sends is in order.
+/// What the kernel sends is in order, and so is TCP, which nobody fragments on purpose.
 #[test]
-fn later_fragments_of_unknown_datagrams_from_backends_pass() -> TestResult {
+fn later_fragments_of_unknown_datagrams_from_backends_wait_where_they_may_be_replies() -> TestResult {
     for mut lab in [Lab::fast()?, Lab::stack()?] {
         for case in CASES {
             lab.begin([case.service(&[3])]);
             let reply = case.segment(case.backend(3), case.client(40000), ACK).payload(payload());
             for frame in &pieces(&reply, 6)[1..] {
                 let untouched = Outcome { verdict: PASS, frame: frame.clone() };
-                assert_eq!(lab.from_backends(frame), untouched, "{case}");
+                let out = lab.from_backends(frame);
+                match case.protocol {
+                    Protocol::Udp => assert_eq!(out.verdict, DROP, "{case}: held"),
+                    Protocol::Tcp => assert_eq!(out, untouched, "{case}"),
+                }
                 assert_eq!(lab.to_clients(frame), untouched, "{case}: at egress");
             }
             for frame in &pieces(&request(case), 6)[1..] {
                 let untouched = Outcome { verdict: PASS, frame: frame.clone() };
                 assert_eq!(lab.run(Program::Egress, frame, CLIENTS), untouched, "{case}: to a service, at egress");
             }
-            assert_eq!(lab.counts(), [(Counter::Fragment, 9)], "{case}");
+            let counted = match case.protocol {
+                Protocol::Udp => vec![(Counter::Fragment, 6), (Counter::FragmentsHeld, 3)],
+                Protocol::Tcp => vec![(Counter::Fragment, 9)],
+            };
+            assert_eq!(lab.counts(), counted, "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// A backend's replies are translated, and what else it sends goes on as it was: nothing is kept from it.
+#[test]
+fn what_a_backend_sends_out_of_order_waits_for_its_first_fragment() -> TestResult {
+    for (mut lab, is_fast) in [(Lab::fast()?, true), (Lab::stack()?, false)] {
+        for case in [CASES[1], CASES[3]] {
+            lab.begin([case.service(&[3])]);
+            let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+            lab.backend_of(&case.packet(client, vip));
+            lab.counts();
+            let of = |source, to| case.segment(source, to, ACK).payload(payload()).may_fragment();
+            let reply = of(backend, client);
+            let translated = match is_fast {
+                true => reply.clone().from(vip).ttl(60).macs(mac(client.ip()), CLIENTS_MAC),
+                false => reply.clone().from(vip),
+            };
+            let own = of(backend, case.client(53));
+            let unknown = of(SocketAddr::new(backend.ip(), 4000), client);
+            for (id, what, packet, expected, verdict) in [
+                (1, "a reply", &reply, &translated, if is_fast { REDIRECT } else { PASS }),
+                (2, "of no flow", &own, &own, PASS),
+                (3, "of no service", &unknown, &unknown, PASS),
+            ] {
+                let what = format!("{case}, fast {is_fast}: {what}");
+                let id = id << 8 | number(case);
+                let frames = pieces(packet, id);
+                let tap = Tap::on(BACKENDS)?;
+                for frame in frames.iter().rev() {
+                    assert_eq!(lab.from_backends(frame).verdict, DROP, "{what}");
+                }
+                let again = tap.frames()?;
+                let order = [0, 3, 2, 1];
+                assert_eq!(again, order.map(|n| frames[n].clone()), "{what}");
+                let expected = pieces(expected, id);
+                for (frame, n) in again.iter().zip(order) {
+                    let mut out = lab.from_backends(frame);
+                    if !is_fast {
+                        assert_eq!(out, Outcome { verdict: PASS, frame: frame.clone() }, "{what}");
+                        out = lab.to_clients(frame);
+                    }
+                    assert_eq!(out, Outcome { verdict, frame: expected[n].clone() }, "{what}");
+                }
+                assert_eq!((lab.count(Counter::FragmentsHeld), lab.count(Counter::Fragment)), (3, 0), "{what}");
+                lab.counts();
+            }
         }
     }
     Ok(())
@@ -345,23 +404,6 @@ fn as_many_are_held_as_there_is_room_and_others_pass() -> TestResult {
     std::thread::sleep(std::time::Duration::from_secs(5));
     assert_eq!(lab.from_clients(&pieces(&request(case), 3000)[1]).verdict, DROP);
     assert_eq!(lab.counts(), [(Counter::FragmentsHeld, 1), (Counter::FragmentsLost, 1)]);
-    Ok(())
-}
-
-#[test]
-fn frames_too_long_to_be_held_pass() -> TestResult {
-    let mut lab = Lab::fast()?;
-    for family in Family::BOTH {
-        let case = Case { family, protocol: Protocol::Udp };
-        lab.begin([case.service(&[3])]);
-        let overhead = if family == Family::V4 { ETHERNET + 20 } else { ETHERNET + 48 };
-        let most = (FRAME - overhead) / 8 * 8;
-        let of = |size| fragments(&request(case).payload(vec![0x5a; 8000]).frame(), size as u32, size).remove(1);
-        assert_eq!(lab.from_clients(of(most)).verdict, DROP, "{family}");
-        let frame = of(most + 8);
-        assert_eq!(lab.from_clients(&frame), Outcome { verdict: PASS, frame }, "{family}");
-        assert_eq!(lab.counts(), [(Counter::Fragment, 1), (Counter::FragmentsHeld, 1)], "{family}");
-    }
     Ok(())
 }
 

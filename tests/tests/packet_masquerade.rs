@@ -12,12 +12,13 @@ use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
 use netlb_common::network::{Network, Networks};
 use netlb_integration::exec::Cmd;
-use netlb_integration::frames::{ACK, ETHERNET, FIN, Packet, RST, SYN_ACK, patch};
+use netlb_integration::frames::{ACK, ETHERNET, FIN, Packet, RST, SYN_ACK, fragments, icmp_error, patch};
 use netlb_integration::lab::{
     BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, Lab, Outcome, PASS, REDIRECT, addr, destination,
     mac, source,
 };
 use netlb_integration::testing::TestResult;
+use netlb_integration::topology::Family;
 
 const UPLINK: Interface = Interface { role: role::UPLINK, flags: 0, pad: 0, master: 0 };
 const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
@@ -321,6 +322,106 @@ fn a_pod_pings_the_world() -> TestResult {
                 (echo(case, pod, case.host(1, 20), (false, 77)).1, "an excluded destination"),
             ] {
                 assert_eq!(lab.to_clients(&frame), Outcome { verdict: PASS, frame }, "{case}: {what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Who traces a way with echo requests, or looks for how long they may be, is told by routers.
+#[test]
+fn an_error_about_a_ping_reaches_the_pod() -> TestResult {
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = node_with(forwarding)?;
+        for case in [CASES[1], CASES[3]] {
+            lab.begin([]);
+            let (pod, world) = (pod(case, 0).ip(), world(case).ip());
+            let (_, request) = echo(case, pod, world, (false, 0x1234));
+            let seen = lab.to_clients(&request).frame;
+            let (at, heads) = match case.family {
+                Family::V4 => (38, [[11, 0, 0, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0, 5, 20]]),
+                Family::V6 => (58, [[3, 0, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 5, 20]]),
+            };
+            lab.counts();
+            let router = case.host(1, 29);
+            for head in heads {
+                for quoted in [at - ETHERNET + 4, at - ETHERNET + 5, 500] {
+                    let quote = |frame: &[u8]| frame[ETHERNET..frame.len().min(ETHERNET + quoted)].to_vec();
+                    let what = format!("{case}, {forwarding:?}, {head:?}, {quoted}");
+                    let error = icmp_error((CLIENTS_MAC, mac(router)), (router, node(case)), 61, head, &quote(&seen));
+                    let expected = icmp_error((mac(pod), BACKENDS_MAC), (router, pod), 60, head, &quote(&request));
+                    let expected = Outcome { verdict: REDIRECT, frame: expected };
+                    assert_eq!(lab.from_clients(&error), expected, "{what}");
+                    assert_eq!(lab.run_summed(Program::Ingress, &error, CLIENTS).verdict, REDIRECT, "{what}");
+
+                    assert_eq!(lab.count(Counter::IcmpTranslated), 2, "{what}");
+                    lab.counts();
+                }
+            }
+            let mut own = echo(case, node(case), world, (false, 77)).1;
+            for kind in 0..=255_u8 {
+                own[at - 4] = kind;
+                let error =
+                    icmp_error((CLIENTS_MAC, mac(router)), (router, node(case)), 61, heads[0], &own[ETHERNET..]);
+                assert_eq!(lab.from_clients(&error), Outcome { verdict: PASS, frame: error }, "{case}: the node's own");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_ping_in_fragments_gets_there_and_back() -> TestResult {
+    const SIZE: usize = 24;
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let mut lab = node_with(forwarding)?;
+        for case in [CASES[1], CASES[3]] {
+            lab.begin([]);
+            let what = format!("{case}, {forwarding:?}");
+            let (pod, world) = (pod(case, 0).ip(), world(case).ip());
+            for round in 1..4 {
+                let (packet, request) = echo(case, pod, world, (false, 0x1234));
+                let sent = fragments(&request, round, SIZE);
+                // Of a datagram whose first fragment was not seen nothing is known.
+                let out = lab.to_clients(&sent[1]);
+                assert_eq!(out, Outcome { verdict: PASS, frame: sent[1].clone() }, "{what}");
+                let outs = Vec::from_iter(sent.iter().map(|frame| lab.to_clients(frame)));
+                let at = if world.is_ipv4() { 38 } else { 66 };
+                let id = u16::from_be_bytes([outs[0].frame[at], outs[0].frame[at + 1]]);
+                assert!(PORTS.contains(&id), "{what}: {id}");
+                let expected = echo_frame(&packet.from(SocketAddr::new(node(case), 1)), (false, id));
+                let expected = fragments(&expected, round, SIZE).into_iter();
+                let expected = Vec::from_iter(expected.map(|frame| Outcome { verdict: PASS, frame }));
+                assert_eq!(outs, expected, "{what}: {round}");
+                let head = if world.is_ipv4() { [3, 4, 0, 0, 0, 0, 5, 20] } else { [2, 0, 0, 0, 0, 0, 5, 20] };
+                let router = case.host(1, 29);
+                let error = |macs, to, about: &[u8], ttl| icmp_error(macs, (router, to), ttl, head, &about[ETHERNET..]);
+                let expected = error((mac(pod), BACKENDS_MAC), pod, &sent[0], 60);
+                let told = error((CLIENTS_MAC, mac(router)), node(case), &outs[0].frame, 61);
+                assert_eq!(lab.from_clients(told), Outcome { verdict: REDIRECT, frame: expected }, "{what}: too big");
+
+                let (packet, reply) = echo(case, world, node(case), (true, id));
+                let mut expected = packet.to(SocketAddr::new(pod, 1));
+                let mut verdict = PASS;
+                if forwarding == Forwarding::Fast {
+                    verdict = REDIRECT;
+                    expected = expected.ttl(60).macs(mac(pod), BACKENDS_MAC);
+                }
+                let expected = fragments(&echo_frame(&expected, (true, 0x1234)), round, SIZE);
+                let replies = fragments(&reply, round, SIZE);
+                let out = lab.from_clients(&replies[1]);
+                assert_eq!(out, Outcome { verdict: PASS, frame: replies[1].clone() }, "{what}");
+                for (reply, frame) in replies.iter().zip(expected) {
+                    assert_eq!(lab.from_clients(reply), Outcome { verdict, frame }, "{what}: {round}");
+                    assert_eq!(lab.run_summed(Program::Ingress, reply, CLIENTS).verdict, verdict, "{what}: summed");
+                }
+            }
+            assert_eq!(lab.count(Counter::FlowsMasqueraded), 1, "{what}");
+            // What the world asks the node, and what it answers the node.
+            for kind in [(false, 77), (true, 77)] {
+                for frame in fragments(&echo(case, world, node(case), kind).1, 99, SIZE) {
+                    assert_eq!(lab.from_clients(&frame), Outcome { verdict: PASS, frame }, "{what}: {kind:?}");
+                }
             }
         }
     }

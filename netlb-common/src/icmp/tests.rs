@@ -146,7 +146,7 @@ fn addr(is_v6: bool, seed: [u8; 16]) -> Addr {
 
 fn check<A: Messages>(old: &Frame<'_>, new: &Frame<'_>) -> Result<(), TestCaseError> {
     let mut frame = old.build();
-    let error = read::<A>(frame.as_slice()).unwrap();
+    let error = read::<A>(frame.as_slice(), false).unwrap();
     let (source, source_port, destination, destination_port) = new.tuple;
     let quoted = Tuple {
         source: A::from_map(source),
@@ -192,8 +192,8 @@ proptest! {
 
     #[test]
     fn any_bytes_can_be_read(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        let _ = read::<Ipv4Be>(bytes.as_slice());
-        let _ = read::<Ipv6Be>(bytes.as_slice());
+        let _ = read::<Ipv4Be>(bytes.as_slice(), false);
+        let _ = read::<Ipv6Be>(bytes.as_slice(), false);
     }
 }
 
@@ -209,8 +209,8 @@ fn eight_bytes_are_enough_and_fewer_are_not() {
         for quoted in 0..30 {
             let (v4, v6) = (example(false, protocol, quoted), example(true, protocol, quoted));
             let has_check = if protocol == 6 { quoted >= 18 } else { true };
-            let v4 = read::<Ipv4Be>(v4.as_slice()).map(|error| error.has_check);
-            let v6 = read::<Ipv6Be>(v6.as_slice()).map(|error| error.has_check);
+            let v4 = read::<Ipv4Be>(v4.as_slice(), false).map(|error| error.has_check);
+            let v6 = read::<Ipv6Be>(v6.as_slice(), false).map(|error| error.has_check);
             let expected = if quoted < 8 { Err(Ignore::Truncated) } else { Ok(has_check) };
             assert_eq!((v4, v6), (expected, expected), "{protocol}: {quoted} bytes");
         }
@@ -224,7 +224,8 @@ fn a_frame_cut_at_any_length_is_not_read() {
         let needed = whole.len() - 2;
         for len in 14..=whole.len() {
             let frame = &whole[..len];
-            let is_read = if is_v6 { read::<Ipv6Be>(frame).is_ok() } else { read::<Ipv4Be>(frame).is_ok() };
+            let is_read =
+                if is_v6 { read::<Ipv6Be>(frame, false).is_ok() } else { read::<Ipv4Be>(frame, false).is_ok() };
             assert_eq!(is_read, len >= needed, "{len} of {}", whole.len());
         }
     }
@@ -235,11 +236,11 @@ fn bytes_past_the_packet_are_no_quotation() {
     for quoted in 0..8 {
         let mut frame = example(false, 6, quoted);
         frame.resize(200, 0);
-        assert_eq!(read::<Ipv4Be>(frame.as_slice()), Err(Ignore::Truncated));
+        assert_eq!(read::<Ipv4Be>(frame.as_slice(), false), Err(Ignore::Truncated));
     }
     let mut frame = example(true, 6, 17);
     frame.resize(200, 0);
-    assert_eq!(read::<Ipv6Be>(frame.as_slice()).map(|error| error.has_check), Ok(false));
+    assert_eq!(read::<Ipv6Be>(frame.as_slice(), false).map(|error| error.has_check), Ok(false));
 }
 
 #[test]
@@ -247,7 +248,30 @@ fn only_errors_are_read() {
     for kind in 0..=255_u8 {
         let (mut v4, mut v6) = (example(false, 6, 20), example(true, 6, 20));
         (v4[34], v6[54]) = (kind, kind);
-        assert_eq!(read::<Ipv4Be>(v4.as_slice()).is_ok(), [3, 4, 11, 12].contains(&kind), "type {kind}");
-        assert_eq!(read::<Ipv6Be>(v6.as_slice()).is_ok(), (1..=4).contains(&kind), "type {kind}");
+        assert_eq!(read::<Ipv4Be>(v4.as_slice(), false).is_ok(), [3, 4, 11, 12].contains(&kind), "type {kind}");
+        assert_eq!(read::<Ipv6Be>(v6.as_slice(), false).is_ok(), (1..=4).contains(&kind), "type {kind}");
+    }
+}
+
+/// The identifier stands for the port of who asks, where there are flows of echoes.
+#[test]
+fn a_quoted_echo_is_read_as_a_packet_of_its_flow() {
+    let (us, them) = (Addr::from_v4([10, 0, 0, 1]), Addr::from_v4([10, 0, 0, 2]));
+    let of = |kind: u8, echo: u8| {
+        let message = [echo, 0, 7, 7, 0x12, 0x34, 0, 9];
+        let quoted = [ip(us, them, 1, 0, 64, message.len()), message.to_vec()].concat();
+        let mut frame = vec![0; NETWORK];
+        frame.extend(ip(them, us, 1, 0, 64, 8 + quoted.len()));
+        frame.extend([kind, 0, 0, 0, 0, 0, 0, 0]);
+        frame.extend(quoted);
+        frame
+    };
+    assert_eq!(read::<Ipv4Be>(of(11, 8).as_slice(), false), Err(Ignore::NotTcpOrUdp));
+    let error = read::<Ipv4Be>(of(11, 8).as_slice(), true).unwrap();
+    let tuple = error.tuple();
+    assert_eq!((tuple.source_port.get(), tuple.destination_port.get(), tuple.protocol), (0x1234, 0, 1));
+    assert_eq!((error.ports_at(), error.check_at()), (error.transport + 4, error.transport + 2));
+    for echo in (0..=255).filter(|echo| *echo != 8) {
+        assert_eq!(read::<Ipv4Be>(of(11, echo).as_slice(), true), Err(Ignore::NotTcpOrUdp), "{echo}");
     }
 }

@@ -16,7 +16,8 @@ pub const DESTINATION: usize = offset_of!(Ipv6Hdr, dst_addr);
 
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
+pub(crate) const FRAGMENT: u8 = 44;
+pub(crate) const FRAGMENT_LEN: usize = 8;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 
@@ -82,6 +83,17 @@ pub const fn is_extension(header: u8) -> bool {
 const MORE_FRAGMENTS: u16 = 1_u16.to_be();
 const OFFSET: u16 = 0xfff8_u16.to_be();
 
+/// Which part of its datagram a fragment is by its header, and what all have in common.
+#[inline(always)]
+pub(crate) fn part(header: impl Fields) -> (Part, u32) {
+    // With neither of both this is an atomic fragment (RFC 6946), a whole datagram.
+    match header.half(2) & (MORE_FRAGMENTS | OFFSET) {
+        0 => (Part::Whole, 0),
+        MORE_FRAGMENTS => (Part::First, header.word(4)),
+        _ => (Part::Later, header.word(4)),
+    }
+}
+
 /// What stands past the extension headers.
 #[derive(Clone, Copy, Debug)]
 pub struct Transport {
@@ -111,13 +123,11 @@ pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: us
         }
         let extension = packet.window(offset, 8)?;
         if header == FRAGMENT {
-            // With neither of both this is an atomic fragment (RFC 6946), a whole datagram.
-            match extension.half(2) & (MORE_FRAGMENTS | OFFSET) {
-                0 => {}
-                MORE_FRAGMENTS => (part, id) = (Part::First, extension.word(4)),
-                _ => (part, id) = (Part::Later, extension.word(4)),
+            match self::part(extension) {
+                (Part::Whole, _) => {}
+                found => (part, id) = found,
             }
-            offset += 8;
+            offset += FRAGMENT_LEN;
         } else if header == AUTHENTICATION {
             offset += (extension.byte(1) as usize + 2) * 4;
         } else {

@@ -50,7 +50,7 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Re
         (word(tcp::ACKNOWLEDGEMENT), 0, tcp::RST)
     } else {
         let headers = at - NETWORK + packet.transport_len;
-        let len = datagram_len::<A>(frame)?.saturating_sub(headers) as u32;
+        let len = datagram_len::<A>(frame, NETWORK)?.saturating_sub(headers) as u32;
         let flags = (control & tcp::SYN != 0) as u32 + (control & tcp::FIN != 0) as u32;
         (0, word(tcp::SEQUENCE).wrapping_add(len).wrapping_add(flags), tcp::RST | tcp::ACK)
     };
@@ -66,7 +66,7 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Re
         urgent: 0,
     };
     let len = tcp::LEN as u16;
-    let sum = pseudo(packet, tcp::PROTOCOL, len)
+    let sum = pseudo(&packet.tuple, tcp::PROTOCOL, len)
         + tcp.ports[0].0 as u64
         + tcp.ports[1].0 as u64
         + tcp.sequence[0] as u64
@@ -76,6 +76,6 @@ pub(super) fn write<A: Answer>(frame: &Skb, packet: &Parsed<A>) -> Result<(), Re
         + u16::from_ne_bytes([tcp.data_offset, bits]) as u64;
     tcp.check = checksum::finish(sum);
 
-    clear(frame, packet, size_of::<Reset<A::Header>>())?;
-    write_answer(frame, &Reset { header: A::header(packet, tcp::PROTOCOL, len), tcp })
+    clear(frame, at, size_of::<Reset<A::Header>>())?;
+    write_answer(frame, &Reset { header: A::header(&packet.tuple, tcp::PROTOCOL, len), tcp })
 }
