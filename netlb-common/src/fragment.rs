@@ -89,7 +89,7 @@ pub struct Region {
     places: [Word; Region::PLACES as usize],
 }
 
-const _: () = assert!(size_of::<HeldFrame>() == 9216 && size_of::<Region>() == 512);
+const _: () = assert!(size_of::<HeldFrame>() == 9216 && size_of::<Region>() == 384);
 
 /// A place: free if it is 0 or too old.
 ///
@@ -142,7 +142,7 @@ pub enum Claim {
 
 impl Region {
     pub const COUNT: u32 = 4;
-    pub const PLACES: u32 = 64;
+    pub const PLACES: u32 = 48;
 
     /// The index of a datagram's region.
     #[inline(always)]

@@ -1,5 +1,8 @@
 //! Where translated packets go: past uplinks, and answered where they are too long for the way.
 
+use std::thread;
+use std::time::Duration;
+
 use etherparse::checksum::Sum16BitWords;
 use etherparse::err::packet::SliceError;
 use etherparse::{Icmpv4Type, Icmpv6Type, NetSlice, SlicedPacket, TransportSlice, icmpv4};
@@ -11,7 +14,7 @@ use netlb_common::maps::{Interface, role};
 use netlb_common::network::Networks;
 use netlb_integration::frames::{ACK, ETHERNET, Packet, SYN_ACK};
 use netlb_integration::lab::{
-    BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, Case, Lab, Outcome, PASS, REDIRECT, mac,
+    BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, Case, DROP, Lab, Outcome, PASS, REDIRECT, mac,
 };
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::Family;
@@ -176,8 +179,43 @@ fn a_packet_to_nowhere_is_dropped() -> TestResult {
     for case in CASES {
         lab.begin([case.service(&[3])]);
         let out = lab.from_clients(case.packet(case.client(40000), case.vip(80)).frame());
-        assert_eq!(out.verdict, netlb_integration::lab::DROP, "{case}");
+        assert_eq!(out.verdict, DROP, "{case}");
         assert_eq!(lab.count(Counter::NoRoute), 1, "{case}");
+    }
+    Ok(())
+}
+
+/// Where routing goes by destinations, flows to one address follow each other for two ticks. Without routes, who asks is dropped.
+#[test]
+fn new_flows_go_where_others_went() -> TestResult {
+    const DIRECT: Interface = Interface { flags: Interface::DIRECT, ..POD };
+    const TWO_TICKS: Duration = Duration::from_millis(2200);
+    let mut lab = Lab::fast()?;
+    let send = |lab: &Lab, case: Case, port: u16, service: u16| {
+        lab.from_clients(case.packet(case.client(port), case.vip(service)).frame()).verdict
+    };
+    for (is_direct, backends) in [(false, POD), (true, DIRECT)] {
+        lab.harness.set_interface(BACKENDS, backends)?;
+        for case in CASES {
+            lab.begin([case.service(&[3]), case.service_at(81, &[4])]);
+            netlb_integration::exec::Cmd::new("ip")
+                .args(["-batch", "-"])
+                .input("route replace 10.244.2.0/24 dev backends\nroute del blackhole fd00:10:244:2::/64 metric 1\n")
+                .run()?;
+            assert_eq!(send(&lab, case, 40000, 80), REDIRECT, "{case}");
+            netlb_integration::exec::Cmd::new("ip")
+                .args(["-batch", "-"])
+                .input("route replace blackhole 10.244.2.0/24\nroute add blackhole fd00:10:244:2::/64 metric 1\n")
+                .run()?
+                .success()?;
+            let expected = if is_direct { REDIRECT } else { DROP };
+            assert_eq!(send(&lab, case, 40001, 80), expected, "{case}: another flow");
+            assert_eq!(send(&lab, case, 40001, 81), DROP, "{case}: to another backend");
+            if is_direct {
+                thread::sleep(TWO_TICKS);
+                assert_eq!(send(&lab, case, 40002, 80), DROP, "{case}: after two ticks");
+            }
+        }
     }
     Ok(())
 }

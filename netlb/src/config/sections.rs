@@ -166,7 +166,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { services: 16_384, backends: 131_072, flows: 300_000, ring_slots: 12_288_000, sockets: 65_536 }
+        Self { services: 16_384, backends: 131_072, flows: 300_000, ring_slots: 11_673_600, sockets: 65_536 }
     }
 }
 

@@ -301,6 +301,8 @@ fn read(message: &LinkMessage) -> Option<Link> {
 
 #[cfg(test)]
 mod tests {
+    use rtnetlink::packet_route::IpProtocol;
+
     use super::*;
 
     fn message(attributes: Vec<LinkAttribute>) -> LinkMessage {
@@ -363,5 +365,21 @@ mod tests {
         let mut port = message(vec![name(), LinkAttribute::Controller(5)]);
         port.header.interface_family = AddressFamily::Bridge;
         assert!(!is_whole(&port) && read(&port).is_none());
+    }
+
+    #[test]
+    fn rules_that_ask_whence_a_packet_comes_are_noticed() {
+        let rule = |source_len, attributes: &[RuleAttribute]| {
+            let mut rule = RuleMessage::default();
+            rule.header.src_len = source_len;
+            rule.attributes = attributes.to_vec();
+            is_by_destination(&rule)
+        };
+        let of_the_kernel = [RuleAttribute::Priority(32766), RuleAttribute::Table(254)];
+        assert!(rule(0, &of_the_kernel));
+        assert!(rule(0, &[RuleAttribute::FwMark(0x4000), RuleAttribute::Iifname("pod1".to_owned())]));
+        assert!(!rule(16, &[RuleAttribute::Source([10, 244, 0, 0].into()), RuleAttribute::Table(100)]));
+        assert!(!rule(0, &[RuleAttribute::IpProtocol(IpProtocol::Udp)]));
+        assert!(!rule(0, &[RuleAttribute::TunId(7)]));
     }
 }

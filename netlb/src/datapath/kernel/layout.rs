@@ -309,7 +309,7 @@ mod tests {
             [
                 ("SERVICES", 16_384),
                 ("CONFIGS", 24_640),
-                ("RINGS", 384_000),
+                ("RINGS", 364_800),
                 ("MEMBERS", 28_672),
                 ("BACKENDS", 131_073),
                 ("FRONTENDS", 32_769),
@@ -333,7 +333,7 @@ mod tests {
                 ("NODE_PORTS", 16_384),
                 ("FRAGMENTS", 4096),
                 ("HELD", 4),
-                ("HELD_FRAMES", 256),
+                ("HELD_FRAMES", 192),
                 ("META", 1),
             ]
         );

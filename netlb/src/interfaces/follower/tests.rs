@@ -222,3 +222,20 @@ fn patterns_that_nothing_matches_are_told() {
         ["no interface matches \"eth9\" of node.uplinks", "no interface matches \"veth*\" of node.pod_interfaces"]
     );
 }
+
+#[test]
+fn the_programs_are_told_when_rules_of_routing_come_and_go() {
+    let (mut follower, kernel) = follower(node("veth*", "eth0", ""));
+    let is_direct = |index| kernel.announced(index).unwrap().flags & Interface::DIRECT != 0;
+    follower.replace(vec![link(2, "eth0"), link(9, "veth1")]);
+    assert!(!is_direct(9), "nobody has looked yet");
+    follower.set_routing(true);
+    assert!(is_direct(9) && !is_direct(2));
+    follower.change(link(10, "veth2"));
+    assert!(is_direct(10));
+    kernel.log();
+    follower.set_routing(true);
+    assert!(kernel.log().is_empty());
+    follower.set_routing(false);
+    assert!(!is_direct(9) && !is_direct(10));
+}
