@@ -642,7 +642,7 @@ fn insert<A: Family, T: Tables>(
         tables.remove(twin, now);
         inserted = tables.insert(new());
     }
-    let (mut is_mine, mine) = (inserted.is_new(), inserted.place());
+    let (is_mine, mine) = (inserted.is_new(), inserted.place());
     if inserted == Inserted::FULL {
         tables.count(Counter::FlowTableFull);
         return Offer::Full;
@@ -681,7 +681,6 @@ fn insert<A: Family, T: Tables>(
         if theirs != id {
             if is_mine {
                 tables.remove(twin, now);
-                is_mine = false;
             }
             let Some(backend) = tables.backend(theirs).filter(|_| theirs != 0) else { return Offer::Full };
             *translation = Translation::to_backend(backend, false);
@@ -690,6 +689,8 @@ fn insert<A: Family, T: Tables>(
                 let Some(source) = tables.source(snat.source()) else { return Offer::Full };
                 translation.set_other(A::from_map(source), snat.port());
             }
+        } else if is_mine && defers {
+            tables.record_at(mine, twin, &flow(lookup.fingerprint));
         }
     } else if is_mine {
         match config {
@@ -699,14 +700,13 @@ fn insert<A: Family, T: Tables>(
             }
             None => tables.count(Counter::FlowsMasqueraded),
         }
+        if defers {
+            tables.record_at(mine, twin, &flow(lookup.fingerprint));
+            tables.record_at(inserted.place(), lookup.fingerprint, &flow(twin));
+        }
     } else {
         tables.count(Counter::FlowsRepaired);
-    }
-    if defers {
-        if is_mine {
-            tables.record_at(mine, twin, &flow(lookup.fingerprint));
-        }
-        if inserted.is_new() {
+        if defers {
             tables.record_at(inserted.place(), lookup.fingerprint, &flow(twin));
         }
     }

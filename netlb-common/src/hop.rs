@@ -11,6 +11,7 @@ use crate::{
     addr::{Addr, Address},
     atomic::Word,
     flow::HashKey,
+    maps::Interface,
     time::Ticks,
 };
 
@@ -48,13 +49,13 @@ pub struct Way {
 
 impl Way {
     /// To the other end of the interface, which is in a pod.
-    pub const PEER: u8 = 1;
-    /// Within one bridge, where nothing is forwarded.
-    pub const BRIDGED: u8 = 2;
+    pub const PEER: u8 = Interface::PEER;
     /// XDP can send there.
-    pub const XDP: u8 = 4;
+    pub const XDP: u8 = Interface::XDP;
     /// Whatever comes in where this was found out goes this way to the same address.
-    pub const DIRECT: u8 = 8;
+    pub const DIRECT: u8 = Interface::DIRECT;
+    /// Within one bridge, where nothing is forwarded.
+    pub const BRIDGED: u8 = 1 << 7;
 
     /// No way.
     pub const NONE: Self = Self { interface: 0, mtu: 0, flags: 0, addresses: [0; 3] };

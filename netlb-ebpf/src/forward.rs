@@ -19,7 +19,6 @@ use netlb_common::{
     counters::Counter,
     flow::{Parsed, Tuple},
     hop::Way,
-    maps::Interface,
     table::Operations as _,
     wire::{tcp, udp},
 };
@@ -82,6 +81,8 @@ pub(crate) trait Routable: Address {
     fn fill(lookup: &mut FibLookup, source: Self, destination: Self);
     /// The source that the FIB says.
     fn source(lookup: &FibLookup) -> Self;
+    /// Whether the next hop is the destination itself.
+    fn is_on_link(lookup: &FibLookup, destination: Self) -> bool;
     fn fill_socket(tuple: &mut SocketTuple, of: &Tuple<Self>) -> u32;
 }
 
@@ -97,6 +98,12 @@ impl Routable for Ipv4Be {
     fn source(lookup: &FibLookup) -> Self {
         // SAFETY: of this family.
         Self(unsafe { lookup.__bindgen_anon_3.ipv4_src })
+    }
+
+    #[inline(always)]
+    fn is_on_link(lookup: &FibLookup, destination: Self) -> bool {
+        // SAFETY: of this family, or else of none that equals it.
+        unsafe { lookup.__bindgen_anon_4.ipv4_dst == destination.0 }
     }
 
     #[inline(always)]
@@ -124,6 +131,12 @@ impl Routable for Ipv6Be {
         // SAFETY: of this family.
         let [a, b, c, d] = unsafe { lookup.__bindgen_anon_3.ipv6_src }.map(u64::from);
         if cfg!(target_endian = "little") { Self([a | b << 32, c | d << 32]) } else { Self([a << 32 | b, c << 32 | d]) }
+    }
+
+    #[inline(always)]
+    fn is_on_link(lookup: &FibLookup, destination: Self) -> bool {
+        // SAFETY: of this family.
+        unsafe { lookup.__bindgen_anon_4.ipv6_dst == words(destination) }
     }
 
     #[inline(always)]
@@ -183,15 +196,10 @@ pub(crate) fn route_datagram<A: Routable>(frame: &impl Frame, len: u16, tuple: &
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<FibLookup>() as i32, 0) } as u32;
     let out = maps::interface(lookup.ifindex).map_or(0, |interface| interface.flags);
-    let mut flags = 0;
-    if out & Interface::PEER != 0 {
-        flags |= Way::PEER;
-    }
-    if out & Interface::XDP != 0 {
-        flags |= Way::XDP;
-    }
-    if out & Interface::DIRECT != 0 {
-        flags |= Way::DIRECT;
+    let mut flags = out & (Way::PEER | Way::XDP | Way::DIRECT);
+    // To what is behind a gateway there may be several ways, of which each flow has one.
+    if !A::is_on_link(&lookup, tuple.destination) {
+        flags &= !Way::DIRECT;
     }
     if bridge != 0 && bridge == lookup.ifindex {
         flags |= Way::BRIDGED;

@@ -12,6 +12,7 @@ use netlb::model::Protocol;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
 use netlb_common::network::Networks;
+use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, ETHERNET, Packet, SYN_ACK};
 use netlb_integration::lab::{
     BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, Case, DROP, Lab, Outcome, PASS, REDIRECT, mac,
@@ -171,7 +172,7 @@ fn a_packet_that_stands_for_segments_is_sent_on_whole() -> TestResult {
 #[test]
 fn a_packet_to_nowhere_is_dropped() -> TestResult {
     let mut lab = Lab::fast()?;
-    netlb_integration::exec::Cmd::new("ip")
+    Cmd::new("ip")
         .args(["-batch", "-"])
         .input("route replace blackhole 10.244.2.0/24\nroute replace blackhole fd00:10:244:2::/64 metric 1\n")
         .run()?
@@ -198,12 +199,12 @@ fn new_flows_go_where_others_went() -> TestResult {
         lab.harness.set_interface(BACKENDS, backends)?;
         for case in CASES {
             lab.begin([case.service(&[3]), case.service_at(81, &[4])]);
-            netlb_integration::exec::Cmd::new("ip")
+            Cmd::new("ip")
                 .args(["-batch", "-"])
                 .input("route replace 10.244.2.0/24 dev backends\nroute del blackhole fd00:10:244:2::/64 metric 1\n")
                 .run()?;
             assert_eq!(send(&lab, case, 40000, 80), REDIRECT, "{case}");
-            netlb_integration::exec::Cmd::new("ip")
+            Cmd::new("ip")
                 .args(["-batch", "-"])
                 .input("route replace blackhole 10.244.2.0/24\nroute add blackhole fd00:10:244:2::/64 metric 1\n")
                 .run()?
@@ -216,6 +217,25 @@ fn new_flows_go_where_others_went() -> TestResult {
                 assert_eq!(send(&lab, case, 40002, 80), DROP, "{case}: after two ticks");
             }
         }
+    }
+    Ok(())
+}
+
+/// To what is behind a gateway there may be several ways: every flow asks.
+#[test]
+fn new_flows_to_behind_a_gateway_ask_for_themselves() -> TestResult {
+    let mut lab = Lab::fast()?;
+    lab.harness.set_interface(BACKENDS, Interface { flags: Interface::DIRECT, ..POD })?;
+    for case in [CASES[0], CASES[2]] {
+        let (backend, gateway) = (case.backend(3).ip(), case.backend(4).ip());
+        let route = |line: String| Cmd::new("ip").args(["route", "replace"]).args(line.split(' ')).run()?.success();
+        let send = |lab: &Lab, port| lab.from_clients(case.packet(case.client(port), case.vip(80)).frame()).verdict;
+        lab.begin([case.service(&[3])]);
+        route(format!("{backend} via {gateway} dev backends"))?;
+        assert_eq!(send(&lab, 40000), REDIRECT, "{case}");
+        Cmd::new("ip").args(["route", "del", &backend.to_string()]).run()?.success()?;
+        route(format!("blackhole {backend}"))?;
+        assert_eq!(send(&lab, 40001), DROP, "{case}");
     }
     Ok(())
 }
@@ -239,7 +259,7 @@ fn a_backend_whose_hardware_address_is_unknown_is_left_to_the_neighbour_table() 
 fn within_a_bridge_hops_stay() -> TestResult {
     const BRIDGE: u32 = 30;
     let mut lab = Lab::fast()?;
-    netlb_integration::exec::Cmd::new("ip")
+    Cmd::new("ip")
         .args(["-batch", "-"])
         .input(format!(
             "link add br0 index {BRIDGE} address 02:00:00:00:03:00 mtu 1400 type bridge\n\

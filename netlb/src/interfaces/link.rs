@@ -75,7 +75,7 @@ pub(super) fn role(node: &Node, link: &Link, master: Option<&Link>) -> Option<Ro
 pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role, routes_by_destination: bool) -> Interface {
     // What leaves by an uplink is for a neighbour on its link, also where a virtual one ends in another namespace.
     let is_peer = role == Role::Pod && link.kind == Kind::Pair && link.peer_is_elsewhere;
-    // By uplinks there may be several ways, of which each flow has one.
+    // What is beyond uplinks may be reached by several ways, of which each flow has one.
     let is_direct = routes_by_destination && role != Role::Uplink;
     let flag = |is_so, flag| if is_so { flag } else { 0 };
     Interface {
