@@ -163,9 +163,12 @@ fn addresses_go_their_way_unless_they_are_owned() -> TestResult {
         let bed = Bed::start(Layout::Ptp, Forwarding::Fast, lines)?;
         let (node, outside) = (&bed.bed.node_a().ns, bed.bed.outside()?);
         for family in Family::BOTH {
-            let (ip, bits) = (vip(family, NOBODYS), if family == Family::V4 { 32 } else { 128 });
+            let (ip, bits, at_once) = match family {
+                Family::V4 => (vip(family, NOBODYS), 32, ""),
+                Family::V6 => (vip(family, NOBODYS), 128, " nodad"),
+            };
             let to_outside = bed.address_of_outside(family)?;
-            outside.ip(&format!("addr add {ip}/{bits} dev lo\n"))?;
+            outside.ip(&format!("addr add {ip}/{bits} dev lo{at_once}\n"))?;
             node.ip(&format!("route add {ip}/{bits} via {to_outside}\n"))?;
             let listener = outside.enter(|| TcpListener::bind((ip, 0)))??;
             let to = listener.local_addr()?;
