@@ -175,6 +175,7 @@ fn new_connections_follow_a_change_and_others_stay() -> TestResult {
     }
     for (command, change) in [
         ("set", "--weight 7"),
+        ("set", "--weight 1"),
         ("set", "--node b"),
         ("set", "--node a --hint-zone far"),
         ("set", "--hint-zone none"),
