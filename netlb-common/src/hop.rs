@@ -41,7 +41,7 @@ pub struct Way {
     pub interface: u32,
     /// The longest datagram it takes.
     pub mtu: u16,
-    /// See [`Way::PEER`], [`Way::BRIDGED`] and [`Way::XDP`].
+    /// See [`Way::PEER`] and those that follow.
     pub flags: u8,
     /// Hardware addresses, as they stand in a frame: destination and source.
     pub addresses: [u32; 3],
