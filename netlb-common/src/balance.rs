@@ -10,6 +10,7 @@ use crate::{
     filter::{self, Kind},
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
     maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, address},
+    opaque::any,
     snat::{self, Ports, Snat},
     table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
     time::Ticks,
@@ -65,6 +66,12 @@ pub trait Tables: Operations {
     /// Whether a packet from a backend was found to be no service's a moment ago.
     fn is_stranger(&self, fingerprint: Fingerprint, now: Ticks) -> bool;
     fn note_stranger(&self, fingerprint: Fingerprint, now: Ticks);
+    /// See [`leave`].
+    #[inline(always)]
+    fn leave(self, fingerprint: Fingerprint, data: Data, now: Ticks) {
+        leave(self, fingerprint, data, now);
+    }
+
     fn count(&self, counter: Counter);
     fn count_flow(&self, service: u32, backend: u32);
 }
@@ -285,7 +292,7 @@ impl<A: Family> Translation<A> {
 pub enum Known {
     /// It is of this flow: rewritten as the translation says.
     Translate,
-    /// The same, and it changed something that [`tend`] is to carry over to the other direction.
+    /// The same, and it may change something: see [`tend`].
     Tend,
     /// It is of this flow, whose packets are wrapped.
     Wrap,
@@ -309,13 +316,13 @@ pub fn known<A: Family, T: Tables>(
     translation: &mut Translation<A>,
 ) -> Known {
     let Lookup { fingerprint, now, scope, .. } = *lookup;
-    let Some(found) = tables.find(fingerprint, now) else { return Known::No };
+    let Some(found) = tables.look_up(fingerprint, now) else { return Known::No };
     let direction = found.data.direction();
     if !scope.translates(found.data) {
         return Known::Elsewhere;
     }
     // Ways are found out again in every unit of time: they change.
-    let is_due = found.data.after(packet.segment, now).is_of_another_time(found.data);
+    let is_due = found.data.is_due(now);
     let hop = if is_due { 0 } else { found.data.hop() };
     if hop != 0 && !can_leave_by(hop) {
         return Known::Elsewhere;
@@ -324,7 +331,7 @@ pub fn known<A: Family, T: Tables>(
     match direction {
         _ if found.data.is_masqueraded() => {
             if (packet.segment.is_syn() || packet.segment.is_syn_ack()) && found.data.state().is_finished() {
-                leave(tables, fingerprint, found, now);
+                tables.leave(fingerprint, found.data, now);
                 return Known::No;
             }
             *translation = Translation::masqueraded(direction, &packet.tuple);
@@ -332,7 +339,7 @@ pub fn known<A: Family, T: Tables>(
         Direction::Forward => {
             let Some(backend) = tables.backend(id) else { return Known::No };
             if !stays(backend, packet, found.data, now) {
-                leave(tables, fingerprint, found, now);
+                tables.leave(fingerprint, found.data, now);
                 return Known::No;
             }
             *translation = Translation::to_backend(backend, false);
@@ -340,7 +347,7 @@ pub fn known<A: Family, T: Tables>(
         Direction::Reply => {
             // A finished flow answers no SYN: the client used its port again, for the backend's own address.
             if packet.segment.is_syn_ack() && found.data.state().is_finished() {
-                leave(tables, fingerprint, found, now);
+                tables.leave(fingerprint, found.data, now);
                 return Known::No;
             }
             let Some(frontend) = tables.frontend(id) else { return Known::No };
@@ -352,13 +359,15 @@ pub fn known<A: Family, T: Tables>(
         if !translation.read_other(tables, fingerprint, found) {
             return Known::No;
         }
-        if found.data.is_wrapped() {
-            table::change(found.slot, found.data, |data| data.after_unanswered(packet.segment, now));
-            return Known::Wrap;
-        }
     }
-    // Written at most once per time unit and state.
-    if table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
+    // Most packets change nothing.
+    let is_news = is_due || !found.data.stays(packet.segment);
+    if found.data.is_wrapped() {
+        if is_news {
+            tables.note(fingerprint, packet.segment, now);
+        }
+        Known::Wrap
+    } else if is_news {
         Known::Tend
     } else {
         Known::Translate
@@ -393,26 +402,32 @@ fn stays<A: Family>(backend: &Backend, packet: &Parsed<A>, data: Data, now: Tick
     backend.flags & Backend::ACCEPTING != 0 || (state != State::SYN_SENT && data.idle(now) <= SAFE_TICKS)
 }
 
-/// Ends the flow whose slot a packet found but does not belong to.
+/// Ends the flow that a packet was found to be of but does not belong to. `data` is what its slot said.
 #[inline(always)]
-fn leave<T: Tables>(tables: T, fingerprint: Fingerprint, found: Found<'_>, now: Ticks) {
+pub fn leave<T: Tables>(tables: T, fingerprint: Fingerprint, data: Data, now: Ticks) {
+    let Some(found) = tables.find(fingerprint, now) else { return };
     let flow = tables.record(found.place).and_then(|record| record.read(fingerprint));
-    if table::release(found.slot, found.data)
+    // Whatever came there meanwhile stays.
+    if table::release(found.slot, data)
         && let Some(flow) = flow
     {
         tables.remove(flow.twin, now);
-        if !found.data.state().is_finished() {
+        if !data.state().is_finished() {
             tables.count(Counter::FlowsMoved);
         }
     }
 }
 
-/// Looks after the other direction of a flow that a packet changed: its state and time, or its whole slot where that was lost.
+/// Notes a packet in its flow's slot, and what this changes also in the other direction's: state and time, or all of it where that slot was
+/// lost. Both are written at most once for each unit of time and each state.
 #[inline(always)]
 pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup, translation: &Translation<A>) {
     let Lookup { fingerprint, now, .. } = *lookup;
     let Some(found) = tables.find(fingerprint, now) else { return };
-    let data = found.data;
+    if !table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
+        return;
+    }
+    let data = Data(found.slot.data.load());
     let twin = tables.hash_key().fingerprint(&translation.twin(&packet.tuple));
     if tables.follow(twin, data.state(), now) || data.state().is_finished() {
         return;
@@ -445,6 +460,8 @@ pub fn place<A: Family, T: Tables>(
     let Some(config) = tables.config(selection.config()) else { return Verdict::Drop };
     let mut selection = selection;
     for _ in 0..OFFERS {
+        // Else the verifier would go on with each set of flags by itself.
+        selection = Selection(any(selection.0, lookup.fingerprint.0));
         let id = match selection.backend() {
             0 => member_id(tables, config, selection.member()),
             id => Some(id),

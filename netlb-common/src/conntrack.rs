@@ -17,7 +17,7 @@ pub enum Direction {
 
 /// The control bits of a TCP segment that matter (RFC 9293 §3.1), or that it is a UDP datagram.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Segment(u8);
+pub struct Segment(pub u8);
 
 impl Segment {
     const FIN: u8 = 0x01;
@@ -223,6 +223,23 @@ impl State {
             (Self::FIN_FORWARD | Self::FIN_REPLY | Self::CLOSING, Self::ESTABLISHED) => self,
             _ => news,
         }
+    }
+
+    /// Whether one more packet leaves the state as it is, as [`next`](Self::next) would say at greater length: true of nearly every one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn stays(self, direction: Direction, segment: Segment) -> bool {
+        const ALWAYS: u16 = 1 << State::ESTABLISHED.0
+            | 1 << State::FIN_FORWARD.0
+            | 1 << State::FIN_REPLY.0
+            | 1 << State::CLOSING.0
+            | 1 << State::UDP_BOTH_WAYS.0;
+        const FORWARD: u16 = ALWAYS | 1 << State::UDP_ONE_WAY.0;
+        let states = match direction {
+            Direction::Forward => FORWARD,
+            Direction::Reply => ALWAYS,
+        };
+        segment.is_plain() && states >> self.0 & 1 != 0
     }
 
     /// Whether a client may begin a new connection on this flow: a SYN here starts over.

@@ -9,7 +9,7 @@ use crate::{
     atomic::Word,
     conntrack::Segment,
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
-    table::rolled,
+    opaque::rolled,
     time::Ticks,
 };
 

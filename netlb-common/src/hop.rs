@@ -1,6 +1,6 @@
 //! Ways out that the programs remember, so that routing is asked once for many packets.
 //!
-//! A flow's slot holds the index of its way for a unit of its time at most; then routing is asked again, which keeps the way. So a way
+//! A flow's slot holds the index of its way for a unit of its time at most, and as long again where its state changes; then routing is asked again, which keeps the way. So a way
 //! that nobody kept for [`KEPT`] ticks is held by no flow, and another may take its place. User space [forgets](forget) all of them when
 //! routes or neighbours change.
 //!

@@ -25,6 +25,7 @@ pub mod icmp;
 pub mod limit;
 pub mod maps;
 pub mod network;
+mod opaque;
 pub mod ping;
 pub mod relay;
 pub mod select;

@@ -20,6 +20,7 @@ use crate::{
     atomic::Word,
     conntrack::{Direction, Segment, State},
     flow::Fingerprint,
+    opaque::{any, rolled},
     snat::Snat,
     time::Ticks,
 };
@@ -201,11 +202,20 @@ impl Data {
         Self(self.0 & !Self::HOP | (hop as u64) << Self::HOP_SHIFT)
     }
 
-    /// Whether other data of this slot was written in another unit of time.
+    /// Whether this was written in another unit of time than the present one.
     #[inline(always)]
     #[must_use]
-    pub const fn is_of_another_time(self, other: Self) -> bool {
-        (self.0 ^ other.0) & Self::TIME != 0
+    pub const fn is_due(self, now: Ticks) -> bool {
+        (self.0 ^ self.at(now).0) & Self::TIME != 0
+    }
+
+    /// Whether one more packet, in the unit of time in which this was written, leaves it as it is.
+    #[inline(always)]
+    #[must_use]
+    pub const fn stays(self, segment: Segment) -> bool {
+        // Whose answers do not pass by, that is taken for answered which its client goes on with.
+        let is_unanswered = self.is_wrapped() && matches!(self.state(), State::UDP_ONE_WAY);
+        self.state().stays(self.direction(), segment) && !is_unanswered
     }
 
     /// Ticks since a packet was noted.
@@ -247,17 +257,13 @@ impl Data {
     #[must_use]
     pub const fn after(self, segment: Segment, now: Ticks) -> Self {
         let state = self.state();
-        // What nearly every packet is; the rest of the table need not be looked at for it.
-        let stays = matches!(state, State::ESTABLISHED) && segment.is_plain();
-        let next = if stays { self } else { self.with_state(state.next(self.direction(), segment)) };
-        next.at(now)
-    }
-
-    /// The same of a flow whose other direction does not pass by.
-    #[inline(always)]
-    #[must_use]
-    pub const fn after_unanswered(self, segment: Segment, now: Ticks) -> Self {
-        self.with_state(self.state().next_unanswered(segment)).at(now)
+        let next = if self.is_wrapped() {
+            // Its other direction does not pass by.
+            state.next_unanswered(segment)
+        } else {
+            state.next(self.direction(), segment)
+        };
+        self.with_state(next).at(now)
     }
 
     /// Whom to evict first: the greatest. 0 is nobody to be evicted.
@@ -400,6 +406,24 @@ pub trait Storage {
 /// Provided for every storage. The programs override it with calls of BPF subprograms that do the same, each of which the verifier looks at
 /// once: inlined wherever they are used, the ways through them would multiply.
 pub trait Operations: Storage + Copy {
+    /// Looks a direction of a flow up: what most packets need.
+    #[inline(always)]
+    fn look_up(&self, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
+        look_up(self, fingerprint, now)
+    }
+
+    /// Where a direction of a flow stands.
+    #[inline(always)]
+    fn locate(&self, fingerprint: Fingerprint, now: Ticks) -> Option<Place> {
+        Some(self.find(fingerprint, now)?.place)
+    }
+
+    /// Notes one more packet of a direction of a flow in its slot.
+    #[inline(always)]
+    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+        note(&self, fingerprint, segment, now);
+    }
+
     /// Looks at one bucket for an insert.
     #[inline(always)]
     fn scan(self, index: u32, new: &New) -> Scan {
@@ -537,6 +561,36 @@ pub fn find<S: Storage + ?Sized>(storage: &S, fingerprint: Fingerprint, now: Tic
         }
     }
     None
+}
+
+/// The same. Looks only at the slot where nearly every flow stands: the first of its first bucket that has its fingerprint. So a program has
+/// one place where it goes on with a slot, instead of one for each of a dozen, and the verifier goes that way once.
+#[inline(always)]
+pub fn look_up<O: Operations>(table: &O, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
+    let index = fingerprint.bucket(0, table.mask());
+    let bucket = table.bucket(index)?;
+    let mut number = SLOTS;
+    for (n, slot) in bucket.slots.iter().enumerate() {
+        if slot.fingerprint.load() == fingerprint.0 {
+            number = n;
+            break;
+        }
+    }
+    if number < SLOTS {
+        let number = any(number as u64, now.0 as u64) as usize % SLOTS;
+        let slot = &bucket.slots[number];
+        let data = Data(slot.data.load());
+        if data.has_tag(fingerprint) && is_live(table, data, now) {
+            return Some(Found { slot, place: Place::new(index, number), data });
+        }
+    } else if !overflows(table, index) {
+        return None;
+    }
+    let place = table.locate(fingerprint, now)?;
+    let slot = place.slot(table)?;
+    let data = Data(slot.data.load());
+    let is_still = slot.fingerprint.load() == fingerprint.0 && data.has_tag(fingerprint) && is_live(table, data, now);
+    is_still.then_some(Found { slot, place, data })
 }
 
 /// Whether flows that would rather stand in a bucket stand in later ones.
@@ -745,22 +799,6 @@ impl Scan {
     }
 }
 
-/// The number of a slot, of which the compiler is to know nothing: it would write the loop out slot by slot, and keep more on the stack than
-/// a BPF program has.
-#[inline(always)]
-pub(crate) fn rolled(mut number: usize) -> usize {
-    #[cfg(target_arch = "bpf")]
-    // SAFETY: copies a register onto itself.
-    unsafe {
-        core::arch::asm!("{0} = {0}", inout(reg) number, options(nomem, nostack));
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    {
-        number = core::hint::black_box(number);
-    }
-    number
-}
-
 /// Looks at one bucket for an insert.
 #[inline(always)]
 pub fn scan<S: Storage>(storage: &S, index: u32, new: &New) -> Scan {
@@ -941,6 +979,14 @@ pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, n
     let Some(found) = storage.find(fingerprint, now) else { return false };
     change(found.slot, found.data, |data| data.with_state(data.state().merge(state)).at(now));
     true
+}
+
+/// Notes one more packet of a direction of a flow in its slot.
+#[inline(always)]
+pub fn note<S: Storage>(storage: &S, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+    if let Some(found) = storage.find(fingerprint, now) {
+        change(found.slot, found.data, |data| data.after(segment, now));
+    }
 }
 
 /// Notes the way by which a direction of a flow leaves.

@@ -28,7 +28,7 @@ use netlb_common::{
     snat::{self, Pool, Ports, Source},
     socket,
     stranger::Strangers,
-    table::{Bucket, New, Overflow, Place, Record, Storage},
+    table::{Bucket, Data, New, Overflow, Place, Record, Storage},
     time::{Jiffies, Ticks},
 };
 
@@ -157,20 +157,6 @@ pub(crate) fn forget<T>(mut pointer: *mut T) -> *mut T {
     // SAFETY: copies a register onto itself. Without an instruction the line information would name one place twice, which kernels refuse.
     unsafe { core::arch::asm!("{0} = {0}", inout(reg) pointer, options(nostack)) };
     pointer
-}
-
-/// Fills a place with zeros, word by word: left to itself, the compiler calls a function that does it byte by byte.
-///
-/// # Safety
-///
-/// The place is writable, and zeros are a value of its type.
-#[inline(always)]
-pub(crate) unsafe fn clear<T>(place: *mut T) {
-    const { assert!(align_of::<T>() >= align_of::<u32>()) };
-    for n in 0..size_of::<T>() / size_of::<u32>() {
-        // SAFETY: within the place, and aligned.
-        unsafe { place.cast::<u32>().add(n).write_volatile(0) };
-    }
 }
 
 /// Gives a direction of a flow a slot.
@@ -743,6 +729,11 @@ impl Tables for Kernel {
             // SAFETY: this CPU's element.
             unsafe { (*scratch).strangers.add(fingerprint, now) };
         }
+    }
+
+    #[inline(always)]
+    fn leave(self, fingerprint: Fingerprint, data: Data, now: Ticks) {
+        crate::subprograms::leave(fingerprint, data, now);
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use netlb_common::{
-    balance::{self, Known, Lookup, Scope, Tables as _, Verdict},
+    balance::{self, Known, Lookup, Scope, Tables as _, Translation, Verdict},
     checksum::Delta,
     conntrack::Direction,
     counters::Counter,
@@ -70,8 +70,7 @@ where
     let work = unsafe { &mut *maps::forget(work) };
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
-    // SAFETY: as `Translation::none` says it.
-    unsafe { maps::clear(&raw mut work.translation) };
+    work.translation = Translation::none();
     work.packet.part == Part::Whole || frame.join(work) == Verdict::Translate
 }
 

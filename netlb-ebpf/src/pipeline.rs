@@ -79,8 +79,7 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     }
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
-    // SAFETY: as `Translation::none` says it.
-    unsafe { maps::clear(&raw mut work.translation) };
+    work.translation = Translation::none();
     if work.packet.part != Part::Whole {
         match frame.join(work) {
             Verdict::Translate => {}

@@ -8,7 +8,7 @@ use aya_log_ebpf::debug;
 use netlb_common::{
     addr::{Addr, Address, Ipv4Be, Ipv6Be},
     balance::{self, At, Known, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
-    conntrack::State,
+    conntrack::{Segment, State},
     flow::{Fingerprint, Parsed},
     fragment::Region,
     snat::{Pool, Snat},
@@ -34,6 +34,9 @@ macro_rules! subprogram {
     )+};
 }
 
+/// No [`Place`].
+const NOWHERE: u64 = u64::MAX;
+
 subprogram! {
     // SAFETY, of all that get a `New`: null or readable; the verifier sees to it.
     fn flow_scan(index: u32, new: *const New) -> u64 {
@@ -53,6 +56,20 @@ subprogram! {
 
     fn flow_settle(new: *const New, mine: u32) -> u64 {
         unsafe { new.as_ref() }.map_or(Data::NONE, |new| table::settle(&Kernel, new, Place(mine))).0
+    }
+
+    fn flow_locate(fingerprint: u64, now: u32) -> u64 {
+        Kernel.find(Fingerprint(fingerprint), Ticks(now)).map_or(NOWHERE, |found| found.place.0 as u64)
+    }
+
+    fn flow_note(fingerprint: u64, segment: u32, now: u32) -> u32 {
+        table::note(&Kernel, Fingerprint(fingerprint), Segment(segment as u8), Ticks(now));
+        0
+    }
+
+    fn flow_leave(fingerprint: u64, data: u64, now: u32) -> u32 {
+        balance::leave(Kernel, Fingerprint(fingerprint), Data(data), Ticks(now));
+        0
     }
 
     fn flow_probe(fingerprint: u64, now: u32) -> u64 {
@@ -190,6 +207,12 @@ pub(crate) fn is_masqueraded(source: Addr, Addr([a, b]): Addr) -> bool {
 pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
     let Addr([a, b]) = source.to_map();
     from_outside(interface, a, b) != 0
+}
+
+/// See [`balance::leave`].
+#[inline(always)]
+pub(crate) fn leave(fingerprint: Fingerprint, data: Data, now: Ticks) {
+    flow_leave(fingerprint.0, data.0, now.0);
 }
 
 /// Whether wrapped packets from an address are unwrapped.
@@ -802,6 +825,25 @@ const fn scope(number: u32) -> Scope {
 }
 
 impl Operations for Kernel {
+    #[cfg(feature = "lru")]
+    #[inline(always)]
+    fn look_up(&self, fingerprint: Fingerprint, now: Ticks) -> Option<table::Found<'_>> {
+        self.find(fingerprint, now)
+    }
+
+    #[inline(always)]
+    fn locate(&self, fingerprint: Fingerprint, now: Ticks) -> Option<Place> {
+        match flow_locate(fingerprint.0, now.0) {
+            NOWHERE => None,
+            place => Some(Place(place as u32)),
+        }
+    }
+
+    #[inline(always)]
+    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+        flow_note(fingerprint.0, segment.0 as u32, now.0);
+    }
+
     #[inline(always)]
     fn scan(self, index: u32, new: &New) -> Scan {
         Scan(flow_scan(index, new))

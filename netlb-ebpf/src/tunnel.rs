@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use netlb_common::{
     addr::{Addr, Ipv4Be, Ipv6Be, PortBe},
-    balance::{self, At, Known, Lookup, Scope, Tables as _, Verdict},
+    balance::{self, At, Known, Lookup, Scope, Tables as _, Translation, Verdict},
     checksum::{self, Delta},
     counters::Counter,
     flow::{NETWORK, Tuple},
@@ -289,8 +289,7 @@ pub(crate) fn read<A: Packet>(frame: &Skb, scope: Scope) -> Wrapped {
     };
     work.lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
-    // SAFETY: as `Translation::none` says it.
-    unsafe { maps::clear(&raw mut work.translation) };
+    work.translation = Translation::none();
     // SAFETY: the same reference.
     let work = unsafe { &mut *maps::forget(work) };
     match A::claim(work, to.to_map()) {

@@ -155,6 +155,8 @@ impl Toolchain {
             // Types and map definitions reach the loader as BTF, which the linker makes from debug information.
             "-Cdebuginfo=2",
             "-Clink-arg=--btf",
+            // Else each place that is filled with zeros, and each address of IPv6 that is copied, is a call of a function that does it byte by byte.
+            "-Clink-arg=--disable-expand-memcpy-in-order",
         ];
         cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         // Set when clippy runs the build script.

@@ -1,6 +1,6 @@
 //! Packets for which another node has chosen the backend: it wrapped them, and the outer destination says whom for.
 
-use super::{Known, Lookup, Offer, Tables, Translation, Verdict, first_member, in_force, insert, leave, member_id};
+use super::{Known, Lookup, Offer, Tables, Translation, Verdict, first_member, in_force, insert, member_id};
 use crate::{
     addr::Addr,
     conntrack::Direction,
@@ -93,7 +93,7 @@ pub fn adopt<A: Family, T: Tables>(
         return Verdict::Drop;
     };
     if let Some(found) = tables.find(lookup.fingerprint, lookup.now) {
-        leave(tables, lookup.fingerprint, found, lookup.now);
+        tables.leave(lookup.fingerprint, found.data, lookup.now);
     }
     *translation = Translation::to_backend(backend, true);
     match insert(tables, packet, Some(config), at.id(), lookup, Snat::NONE, translation) {

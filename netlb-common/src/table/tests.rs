@@ -98,6 +98,11 @@ fn a_look_up_goes_as_far_as_flows_had_to() {
         assert!(counted.iter().sum::<u32>() > 20 && counted.contains(&0));
         // Others were evicted since.
         let found = new.iter().filter(|flow| find(&table, Fingerprint(**flow), now).is_some()).count();
+        for flow in &new {
+            let place = |found: Option<Found<'_>>| found.map(|found| (found.place, found.data));
+            let flow = Fingerprint(*flow);
+            assert_eq!(place(look_up(&&table, flow, now)), place(find(&table, flow, now)));
+        }
         assert_eq!(found, table.live(now));
     }
 }
@@ -111,6 +116,22 @@ fn a_second_insert_finds_the_first() {
     assert!(!inserted.is_new());
     assert_eq!((table.place(mix(1), NOW), inserted.data().id()), (place, 7));
     assert_eq!(table.live(NOW), 1);
+}
+
+/// Who comes again after a time may find another slot free first.
+#[test]
+fn a_slot_past_its_timeout_does_not_hide_a_later_one_of_the_same_flow() {
+    let table = Memory::new(1);
+    let [first, second, ..] = &table.buckets[0].slots;
+    let (fingerprint, data) = (Fingerprint(mix(1)), Data::new(Direction::Forward, State::SYN_SENT, 7));
+    let late = Ticks(NOW.0 + 2 * TIMEOUT);
+    for (slot, now) in [(first, NOW), (second, late)] {
+        slot.fingerprint.store(fingerprint.0);
+        slot.data.store(data.with_tag(fingerprint).at(now).0);
+    }
+    assert_eq!(look_up(&&table, fingerprint, late).unwrap().place, Place::new(0, 1));
+    assert_eq!(look_up(&&table, fingerprint, NOW).unwrap().place, Place::new(0, 0));
+    assert!(look_up(&&table, fingerprint, Ticks(late.0 + 2 * TIMEOUT)).is_none());
 }
 
 #[test]

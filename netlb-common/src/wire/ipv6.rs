@@ -5,7 +5,7 @@ use core::mem::{offset_of, size_of};
 use network_types::ip::Ipv6Hdr;
 
 use super::{Fields, Ignore, PacketBytes, Part, tcp, udp};
-use crate::addr::Ipv6Be;
+use crate::{addr::Ipv6Be, opaque::any};
 
 pub const LEN: usize = size_of::<Ipv6Hdr>();
 pub const PAYLOAD_LEN: usize = offset_of!(Ipv6Hdr, payload_len);
@@ -23,6 +23,8 @@ const DESTINATION_OPTIONS: u8 = 60;
 
 /// More than anybody sends; the verifier wants a bound.
 const MAX_EXTENSIONS: usize = 6;
+/// Where a transport header may stand: the same.
+const MAX_OFFSET: usize = 4095;
 
 /// A header that is there.
 #[derive(Clone, Copy, Debug)]
@@ -138,6 +140,11 @@ pub fn transport(packet: &(impl PacketBytes + ?Sized), first: u8, mut offset: us
             offset += (extension.byte(1) as usize + 1) * 8;
         }
         header = extension.byte(0);
+        // Else the verifier would follow each sum of lengths by itself.
+        offset = any(offset as u64, header as u64) as usize;
+        if offset > MAX_OFFSET {
+            return Err(Ignore::NotTcpOrUdp);
+        }
     }
     Err(Ignore::NotTcpOrUdp)
 }

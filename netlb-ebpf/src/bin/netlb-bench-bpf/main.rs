@@ -16,11 +16,16 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 
-use crate::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Plan};
+use crate::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Memory, Plan};
 
 /// One element: what the packets are.
 #[btf_map]
 static PLAN: Array<Plan, 1> = Array::new();
+/// As large as a flow table can be here: its buckets, and the records beside them.
+#[btf_map]
+static BUCKETS: Array<[u64; Memory::BUCKET / 8], { Memory::BUCKETS }> = Array::new();
+#[btf_map]
+static RECORDS: Array<[u64; Memory::RECORDS / 8], { Memory::BUCKETS }> = Array::new();
 /// One element: the program under test. A map holds programs of one type.
 #[btf_map]
 static TC_TARGET: ProgramArray<1> = ProgramArray::new();
@@ -76,6 +81,30 @@ pub(crate) fn xdp_tx(ctx: XdpContext) -> u32 {
         *addresses = [source, destination];
     }
     xdp_action::XDP_TX
+}
+
+/// Needs the memory that a flow table like netlb's needs for the packet, and does nothing with it. All is asked for at once: a program that
+/// has to know a bucket before it can ask for the next waits longer.
+#[xdp]
+pub(crate) fn xdp_memory(_: XdpContext) -> u32 {
+    let Some(plan) = PLAN.get(0) else { return xdp_action::XDP_ABORTED };
+    let (flow, memory) = (plan.flow, plan.memory);
+    for direction in 0..2 {
+        let bucket = memory.bucket(flow, direction);
+        if direction < memory.buckets
+            && let Some(bucket) = BUCKETS.get_ptr_mut(bucket)
+        {
+            // SAFETY: within the element; runs follow each other.
+            unsafe { bucket.cast::<u64>().read_volatile() };
+        }
+        if direction < memory.records
+            && let Some(records) = RECORDS.get_ptr_mut(bucket)
+        {
+            // SAFETY: as above.
+            unsafe { records.cast::<u64>().write_volatile(flow as u64) };
+        }
+    }
+    xdp_action::XDP_PASS
 }
 
 /// Puts the headers of the next packet into the frame.

@@ -26,7 +26,38 @@ pub(crate) struct Plan {
     pub(crate) client: Endpoint,
     /// The service, or its backend in packets of the other direction.
     pub(crate) service: Endpoint,
+    /// The flow of the last packet.
+    pub(crate) flow: u32,
+    /// What `xdp_memory` reads and writes for a packet.
+    pub(crate) memory: Memory,
+}
+
+/// How much memory a flow's packet needs at least.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Memory {
+    /// Buckets of the flow table, less one.
+    pub(crate) mask: u32,
+    /// Directions whose buckets are read.
+    pub(crate) buckets: u32,
+    /// Directions whose records are written.
+    pub(crate) records: u32,
     pub(crate) _reserved: u32,
+}
+
+impl Memory {
+    /// Bytes of a bucket, and of the records beside it.
+    pub(crate) const BUCKET: usize = 64;
+    pub(crate) const RECORDS: usize = 192;
+    /// The most buckets.
+    pub(crate) const BUCKETS: usize = 1 << 20;
+
+    /// The bucket of a flow's direction: anywhere.
+    #[inline(always)]
+    pub(crate) fn bucket(&self, flow: u32, direction: u32) -> u32 {
+        let hash = ((flow as u64) << 1 | direction as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((hash ^ hash >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32) as u32 & self.mask
+    }
 }
 
 /// Where the packets' endpoints of one side are, and which they are: of each host so many ports, then the next host.
@@ -43,7 +74,7 @@ pub(crate) struct Endpoint {
     pub(crate) more_hosts: u32,
 }
 
-const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 24 + 4);
+const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 24 + 4 + 16);
 
 impl Plan {
     /// The flow that the next packet belongs to.
@@ -57,7 +88,8 @@ impl Plan {
             self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (self.state >> 32) as u32
         };
-        flow & ((1 << (self.flows_log2 & 31)) - 1)
+        self.flow = flow & ((1 << (self.flows_log2 & 31)) - 1);
+        self.flow
     }
 
     /// The service of a flow.

@@ -202,7 +202,7 @@ impl Layout {
 }
 
 /// A flow has two slots, a bucket four, and at 60 % occupancy next to no insert fails.
-fn flow_buckets_log2(flows: u32) -> u32 {
+pub(super) fn flow_buckets_log2(flows: u32) -> u32 {
     let buckets = (u64::from(flows) * 2 * 10).div_ceil(6 * table::SLOTS as u64);
     buckets.next_power_of_two().ilog2().clamp(6, table::MAX_BUCKETS_LOG2)
 }

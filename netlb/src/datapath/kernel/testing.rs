@@ -24,6 +24,7 @@ use netlb_common::{
 
 use super::{
     counts::Counts,
+    layout,
     load::{self, Options},
     maps::{KernelMaps, hash, io_error},
     syscall::Direction,
@@ -32,6 +33,12 @@ use crate::{
     config::{Forwarding, Limits, LogLevel, Snat, SocketScope, Timeouts},
     datapath::{Maps as _, Programmer},
 };
+
+/// Buckets of a flow table for that many flows.
+#[must_use]
+pub fn flow_buckets(flows: u32) -> u32 {
+    1 << layout::flow_buckets_log2(flows)
+}
 
 /// One of the programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

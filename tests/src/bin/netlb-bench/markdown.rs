@@ -14,8 +14,13 @@ use crate::report::{ControlRow, Goal, PacketRow, PathRow, Report};
 /// What stands where there is no figure.
 const NONE: &str = "–";
 /// Columns of the packet part: targets, and what they are called.
-const PROGRAMS: &[(&str, &str)] =
-    &[("netlb_xdp", "XDP"), ("netlb_tc", "TC ingress"), ("netlb_egress", "TC egress"), ("lru_variant", "LRU")];
+const PROGRAMS: &[(&str, &str)] = &[
+    ("xdp_memory", "memory"),
+    ("netlb_xdp", "XDP"),
+    ("netlb_tc", "TC ingress"),
+    ("netlb_egress", "TC egress"),
+    ("lru_variant", "LRU"),
+];
 /// What cases are called where there is room.
 const CASES: &[(&str, &str)] = &[
     ("established_1", "established, 1 flow"),

@@ -14,6 +14,9 @@ use netlb_integration::lab;
 use super::cases::{Case, Hook, NODE, Scene, Size, Traffic, services_of};
 use super::harness::{Harness, Target};
 
+/// Of so many flows that are made at most one is made again.
+const MADE_AGAIN: u64 = 100_000;
+
 /// Loaded programs with maps of their own.
 pub(crate) struct Bed {
     netlb: Netlb,
@@ -104,7 +107,9 @@ impl Bed {
         }
         let made = self.made() - before;
         let wanted = if case.openings().is_empty() { 0 } else { u64::from(flows) };
-        ensure!(made == wanted || self.is_lru, "{}: {made} flows instead of {wanted}", case.name);
+        // With so many that have only begun, some lose their slots to others, and are made again as they go on.
+        let is_right = (wanted..=wanted + wanted / MADE_AGAIN).contains(&made);
+        ensure!(is_right || self.is_lru, "{}: {made} flows instead of {wanted}", case.name);
         Ok(())
     }
 
@@ -122,6 +127,7 @@ impl Bed {
         for bucket in (0..=table.mask()).filter_map(|index| table.bucket(index)) {
             for slot in bucket.slots.iter().filter(|slot| slot.data.load() != 0) {
                 slot.data.swap(0);
+                slot.fingerprint.store(0);
             }
         }
         Ok(())

@@ -3,12 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use netlb::config::Limits;
+use netlb::datapath::kernel::testing;
 use netlb::model::{Algorithm, Backend, Frontend, Mode, Protocol, Service};
 use netlb_integration::frames::{ACK, SYN, SYN_ACK, Segment};
 use netlb_integration::lab::{self, BACKENDS, CLIENTS, PASS, REDIRECT, XDP_PASS, XDP_REDIRECT, XDP_TX};
 use netlb_integration::topology::Family;
 
-use super::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Plan};
+use super::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Memory, Plan};
 
 const TCP: lab::Case = lab::Case { family: Family::V4, protocol: Protocol::Tcp };
 const TCP_V6: lab::Case = lab::Case { family: Family::V6, protocol: Protocol::Tcp };
@@ -365,8 +366,23 @@ impl Case {
             services: if self.is_spread { self.size.services } else { 1 },
             client,
             service,
-            _reserved: 0,
+            flow: 0,
+            memory: self.memory().unwrap_or(Memory { mask: 0, buckets: 0, records: 0, _reserved: 0 }),
         }
+    }
+
+    /// What of the flow table any program like netlb's needs for such a packet at XDP, if it needs any: the bucket in which a flow is found;
+    /// where it is new, that of the other direction and what is written beside both; and what stands beside where a bucket is not enough.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        let (buckets, records) = match (self.scene, self.traffic) {
+            (_, Traffic::Foreign | Traffic::Strays) | (Scene::Masquerade, _) => return None,
+            (Scene::Wrapped, _) => (1, 1),
+            (_, Traffic::New) => (2, 2),
+            (Scene::Pods, _) => (1, 0),
+            (Scene::Uplink, _) => (1, 1),
+        };
+        let mask = testing::flow_buckets(self.size.limits.flows) - 1;
+        Some(Memory { mask, buckets, records, _reserved: 0 })
     }
 }
 
@@ -377,6 +393,13 @@ impl Packets {
             *word = u64::from_ne_bytes(*bytes);
         }
         self
+    }
+
+    /// Of each flow in turn.
+    pub(crate) fn in_order(&self) -> Self {
+        let mut packets = self.clone();
+        (packets.plan.is_random, packets.plan.state) = (0, 0);
+        packets
     }
 
     /// Of flows in no order.

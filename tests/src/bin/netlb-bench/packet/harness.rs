@@ -143,6 +143,12 @@ impl Harness {
         floors.into_iter().map(target).collect()
     }
 
+    /// The program that only needs the [memory](Case::memory) of a case.
+    pub(crate) fn memory(&self) -> Result<Target> {
+        let (name, kind) = ("xdp_memory", Kind::Xdp);
+        Target::at(name, Place::Floor(kind, lab::XDP_PASS), self.program(name, kind)?)
+    }
+
     /// Makes a program the one under test.
     pub(crate) fn aim(&mut self, target: &Target) -> Result<()> {
         let map = match target.kind() {

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 
 use super::bed::Bed;
-use super::cases::{Case, Group, Scene, Traffic};
+use super::cases::{Case, Group, Packets, Scene, Traffic};
 use super::harness::{Harness, Target};
 use crate::report::{PacketRow, Spread};
 
@@ -85,6 +85,9 @@ fn measure(harness: &mut Harness, beds: &mut [Bed], cases: &[Case], effort: Effo
             contenders.extend(targets.into_iter().map(|target| Contender { case, target, bed, times: Vec::new() }));
         };
         add(harness.floors()?, None);
+        if case.memory().is_some() {
+            add(vec![harness.memory()?], None);
+        }
         for (index, bed) in beds.iter_mut().enumerate().filter(|(_, bed)| bed.is_for(case)) {
             bed.open(case, harness)?;
             add(bed.targets(case)?, Some(index));
@@ -108,11 +111,17 @@ impl Contender<'_> {
         if self.case.traffic == Traffic::New { effort.new_flows } else { effort.packets }
     }
 
-    /// Packets before those that are timed: code and data shall be where they will be. And each of many flows shall have been heard of a
+    /// Runs packets before those that are timed: code and data shall be where they will be. And each of many flows shall have been heard of a
     /// moment ago, as established ones are: what a flow's first packet in some seconds costs is another case.
-    fn warm_up(&self, count: u32) -> u32 {
-        let flows = 1 << self.case.flows_log2;
-        if self.case.traffic != Traffic::New && flows > count { flows } else { count / WARM_UP }
+    fn warm_up(&self, harness: &mut Harness, packets: &Packets, count: u32) -> Result<()> {
+        let kind = self.target.kind();
+        if self.case.traffic != Traffic::New {
+            harness.plan(&packets.in_order())?;
+            harness.run(kind, packets, 1 << self.case.flows_log2)?;
+        }
+        harness.plan(packets)?;
+        harness.run(kind, packets, count / WARM_UP)?;
+        Ok(())
     }
 
     /// One round; the time of a packet. With the seed comes another order of flows: the caches should hold what they would of all flows,
@@ -129,11 +138,10 @@ impl Contender<'_> {
         let bed = bed.transpose()?;
         let packets = case.packets(seed);
         harness.aim(target)?;
-        harness.plan(&packets)?;
+        self.warm_up(harness, &packets, count)?;
         let run = match bed {
             None => harness.run(target.kind(), &packets, count)?,
             Some(bed) => {
-                harness.run(target.kind(), &packets, self.warm_up(count))?;
                 let before = bed.counters();
                 let run = harness.run(target.kind(), &packets, count)?;
                 if let Some(hook) = target.hook() {
