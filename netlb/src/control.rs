@@ -178,10 +178,11 @@ impl Control {
         self.work(move |worker| worker.reload(reload)).await
     }
 
-    /// Lets the data plane do what is due. A tick that finds the loop busy is left out.
-    pub fn tick(&self, now: SystemTime) {
-        // Full or closed: the next second brings another tick, or the end.
-        drop(self.requests.try_send(Request::Work(Box::new(move |worker| worker.tick(now)))));
+    /// Lets the data plane do what is due. A tick that finds the loop busy is left out. Says whether there is a loop still.
+    pub fn tick(&self, now: SystemTime) -> bool {
+        let tick = Request::Work(Box::new(move |worker| worker.tick(now)));
+        // With no room, the next second brings another one.
+        !matches!(self.requests.try_send(tick), Err(mpsc::error::TrySendError::Closed(_)))
     }
 
     /// Ends the loop after what was asked before.

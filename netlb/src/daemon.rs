@@ -5,13 +5,14 @@
 //! later. Only then does the socket open.
 
 use std::{
+    io,
     path::PathBuf,
-    thread::JoinHandle,
+    thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
-use tokio::{runtime::Runtime, sync::watch, task::JoinSet};
+use tokio::{runtime::Runtime, sync::watch};
 
 use self::{
     lock::Locks,
@@ -121,8 +122,7 @@ impl Daemon {
         let listener = socket.listen()?;
         let (stop, stopped) = watch::channel(false);
         let mut server = tokio::spawn(api::serve(listener, control.clone(), ended(stopped)));
-        let mut tasks = JoinSet::new();
-        tasks.spawn(tick(control.clone()));
+        start_ticks(control.clone()).context("cannot start a thread")?;
         let mut changes = file.watch();
         memory::give_back();
         tracing::info!(
@@ -147,7 +147,6 @@ impl Daemon {
         }
 
         tracing::info!("stopping; traffic goes on with what is programmed");
-        tasks.abort_all();
         // Nobody listens where the server has ended by itself.
         let _ = stop.send(true);
         if tokio::time::timeout(GRACE, server).await.is_err() {
@@ -205,13 +204,14 @@ async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control,
     Ok(())
 }
 
-async fn tick(control: Control) {
-    let mut seconds = tokio::time::interval(Duration::from_secs(1));
-    seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-    loop {
-        seconds.tick().await;
-        control.tick(SystemTime::now());
-    }
+/// Ticks each second until the control loop ends, in a thread of its own: a timer of the runtime takes several turns of it each time.
+fn start_ticks(control: Control) -> io::Result<()> {
+    let tick = move || {
+        while control.tick(SystemTime::now()) {
+            thread::sleep(Duration::from_secs(1));
+        }
+    };
+    thread::Builder::new().name("ticks".to_owned()).spawn(tick).map(drop)
 }
 
 async fn ended(mut stopped: watch::Receiver<bool>) {

@@ -93,6 +93,10 @@ pub struct Programmer<M: Maps> {
     /// Where the sweep of `AFFINITY` goes on; entries that it met, and all that it met the last time.
     swept_affinity: Option<u32>,
     affinities: (u64, u64),
+    /// When a sweep last found it empty, if nobody asked for entries since.
+    empty_affinity: Option<Ticks>,
+    /// Entries of `SERVICES` whose clients keep their backends.
+    affine: u32,
     configs: Table<()>,
     rings: Regions,
     members: Regions,
@@ -209,6 +213,8 @@ impl<M: Maps> Programmer<M> {
             source_ranges: 0,
             swept_affinity: None,
             affinities: (0, 0),
+            empty_affinity: None,
+            affine: 0,
             configs: Table::new(sizes.configs),
             rings: Regions::new(sizes.ring_slots, RingLine::SLOTS),
             members: Regions::new(sizes.members, MemberLine::MEMBERS),

@@ -10,6 +10,8 @@ use super::*;
 
 /// Entries of `AFFINITY` that are looked at in a tick.
 const SWEPT: usize = 4096;
+/// Seconds after which it is looked at although nobody asks for entries: a packet under way may have made one late.
+const SWEEP_EMPTY: u64 = 300;
 
 /// A network of clients.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -238,6 +240,11 @@ impl<M: Maps> Programmer<M> {
 
     /// Forgets clients that were not heard of for too long, and those of services that keep none: a part of them at a time.
     pub(super) fn sweep_affinity(&mut self) {
+        let now = (self.clock)();
+        let is_recent = |empty: Ticks| u64::from(now.0.wrapping_sub(empty.0)) < ticks_from_seconds(SWEEP_EMPTY);
+        if self.affine == 0 && self.empty_affinity.is_some_and(is_recent) {
+            return;
+        }
         let (entries, next) = match self.maps.affinities(self.swept_affinity, SWEPT) {
             Ok(part) => part,
             Err(error) => {
@@ -245,7 +252,6 @@ impl<M: Maps> Programmer<M> {
                 (Vec::new(), None)
             }
         };
-        let now = (self.clock)();
         self.affinities.0 += entries.len() as u64;
         for (key, value) in entries {
             if self.is_over(&key, value, now) {
@@ -259,6 +265,7 @@ impl<M: Maps> Programmer<M> {
         }
         if next.is_none() {
             self.affinities = (0, self.affinities.0);
+            self.empty_affinity = (self.affinities.1 == 0 && self.affine == 0).then_some(now);
         }
         self.swept_affinity = next;
     }

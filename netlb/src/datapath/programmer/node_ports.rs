@@ -60,6 +60,10 @@ impl<M: Maps> Programmer<M> {
         if let Some(new) = &new {
             self.node_ports.note(&key, &new.config, true);
             self.loads.note(&new.config, true);
+            if new.config.affinity > 0 {
+                self.affine += 1;
+                self.empty_affinity = None;
+            }
         }
         let old = match new {
             Some(new) => self.served.insert(key, new),
@@ -68,6 +72,7 @@ impl<M: Maps> Programmer<M> {
         if let Some(old) = &old {
             self.node_ports.note(&key, &old.config, false);
             self.loads.note(&old.config, false);
+            self.affine -= u32::from(old.config.affinity > 0);
         }
         old
     }

@@ -1719,6 +1719,12 @@ fn clients_are_forgotten_when_their_time_is_over() {
     assert_eq!(bench.config(WEB).affinity, 0);
     bench.tick(1);
     assert_eq!(bench.maps().affinities.len(), 0);
+    // What a packet that was under way made late. Where nobody asks for entries, they are looked for once in a while.
+    remember(&mut bench, 1, config.service, backend);
+    bench.tick(100);
+    assert_eq!(bench.maps().affinities.len(), 1);
+    bench.tick(200);
+    assert_eq!(bench.maps().affinities.len(), 0);
 }
 
 #[test]
