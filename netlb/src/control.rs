@@ -69,6 +69,13 @@ impl std::fmt::Debug for Start {
     }
 }
 
+/// How much is to be served.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Size {
+    pub services: u64,
+    pub backends: u64,
+}
+
 enum Request {
     Change { change: Box<Change>, dry_run: bool, reply: oneshot::Sender<Result<Done, ControlError>> },
     Work(Box<dyn FnOnce(&mut Worker) + Send>),
@@ -171,6 +178,11 @@ impl Control {
 
     pub async fn status(&self) -> Result<StatusView, ControlError> {
         self.work(|worker| worker.status(SystemTime::now())).await
+    }
+
+    /// How much is to be served.
+    pub async fn size(&self) -> Result<Size, ControlError> {
+        self.work(|worker| worker.size()).await
     }
 
     /// Takes over what the configuration file says now, or notes why it cannot be used.

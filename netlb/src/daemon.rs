@@ -114,9 +114,9 @@ impl Daemon {
         let start = Start { dataplane, desired, store, reload };
         let (control, thread) = Control::start(start).context("cannot start the control thread")?;
         // Answered once everything is programmed.
-        let status = match control.status().await {
+        let size = match control.size().await {
             Err(ControlError::Stopping) => return join(thread).await.and(Err(ControlError::Stopping.into())),
-            status => status?,
+            size => size?,
         };
 
         let listener = socket.listen()?;
@@ -126,8 +126,8 @@ impl Daemon {
         let mut changes = file.watch();
         memory::give_back();
         tracing::info!(
-            services = status.services,
-            backends = status.backends,
+            services = size.services,
+            backends = size.backends,
             socket = %socket.path().display(),
             "ready"
         );

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::{ControlError, OutOfSync, Request, Start};
+use super::{ControlError, OutOfSync, Request, Size, Start};
 use crate::{
     dataplane::{ApplyError, ApplyReport, Dataplane, Desired, FlowFilter},
     desired::{Change, ChangeError, Conflict, DesiredState, Done, Edit},
@@ -303,7 +303,16 @@ impl Worker {
         ServiceView::new(desired, stats, problem)
     }
 
+    pub(super) fn size(&self) -> Size {
+        let backends = |desired: Desired| desired.service.backends().len() as u64;
+        let none = Size { services: 0, backends: 0 };
+        self.desired
+            .served()
+            .fold(none, |sum, desired| Size { services: sum.services + 1, backends: sum.backends + backends(desired) })
+    }
+
     pub(super) fn status(&self, now: SystemTime) -> StatusView {
+        let Size { services, backends } = self.size();
         let status = self.dataplane.status();
         let maps: Vec<_> = status
             .maps
@@ -316,8 +325,8 @@ impl Worker {
             pid: std::process::id(),
             started: format_time(self.started),
             uptime_seconds: now.duration_since(self.started).unwrap_or_default().as_secs(),
-            services: self.desired.served().count() as u64,
-            backends: self.desired.served().map(|desired| desired.service.backends().len() as u64).sum(),
+            services,
+            backends,
             load_seconds: status.load_seconds,
             kernel_bytes: status.kernel_bytes,
             node: status.node.into(),
