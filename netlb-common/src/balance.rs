@@ -355,10 +355,8 @@ pub fn known<A: Family, T: Tables>(
         }
     }
     translation.hop = hop;
-    if found.data.has_snat() {
-        if !translation.read_other(tables, fingerprint, found) {
-            return Known::No;
-        }
+    if found.data.has_snat() && !translation.read_other(tables, fingerprint, found) {
+        return Known::No;
     }
     // Most packets change nothing.
     let is_news = is_due || !found.data.stays(packet.segment);
