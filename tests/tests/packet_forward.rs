@@ -289,7 +289,7 @@ fn within_a_bridge_hops_stay() -> TestResult {
 #[test]
 fn the_verifier_has_an_easy_time() -> TestResult {
     // The kernel allows a million.
-    const BUDGET: u32 = 300_000;
+    const BUDGET: u32 = 400_000;
     // What is not configured is not verified.
     let some = Networks { len: 1, ..Networks::NONE };
     let snat = Snat { addresses: vec![[192, 0, 2, 1].into(), [0xfd, 0, 0, 0, 0, 0, 0, 1].into()], ..Snat::default() };

@@ -16,16 +16,18 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 
-use crate::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Memory, Plan};
+use crate::plan::{Endpoint, FRAME_LEN, HEADER_LEN, Plan};
+
+const MOST_BUCKETS: usize = 1 << 20;
 
 /// One element: what the packets are.
 #[btf_map]
 static PLAN: Array<Plan, 1> = Array::new();
-/// As large as a flow table can be here: its buckets, and the records beside them.
+/// As large as a flow table is here at most: its buckets, of 64 bytes, and the records beside each.
 #[btf_map]
-static BUCKETS: Array<[u64; Memory::BUCKET / 8], { Memory::BUCKETS }> = Array::new();
+static BUCKETS: Array<[u64; 8], MOST_BUCKETS> = Array::new();
 #[btf_map]
-static RECORDS: Array<[u64; Memory::RECORDS / 8], { Memory::BUCKETS }> = Array::new();
+static RECORDS: Array<[u64; 24], MOST_BUCKETS> = Array::new();
 /// One element: the program under test. A map holds programs of one type.
 #[btf_map]
 static TC_TARGET: ProgramArray<1> = ProgramArray::new();
@@ -90,7 +92,7 @@ pub(crate) fn xdp_memory(_: XdpContext) -> u32 {
     let Some(plan) = PLAN.get(0) else { return xdp_action::XDP_ABORTED };
     let (flow, memory) = (plan.flow, plan.memory);
     for direction in 0..2 {
-        let bucket = memory.bucket(flow, direction);
+        let bucket = anywhere(flow, direction) & memory.mask;
         if direction < memory.buckets
             && let Some(bucket) = BUCKETS.get_ptr_mut(bucket)
         {
@@ -105,6 +107,13 @@ pub(crate) fn xdp_memory(_: XdpContext) -> u32 {
         }
     }
     xdp_action::XDP_PASS
+}
+
+/// A flow's direction, hashed.
+#[inline(always)]
+fn anywhere(flow: u32, direction: u32) -> u32 {
+    let hash = ((flow as u64) << 1 | direction as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((hash ^ hash >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32) as u32
 }
 
 /// Puts the headers of the next packet into the frame.

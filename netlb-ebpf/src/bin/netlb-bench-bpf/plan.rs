@@ -45,21 +45,6 @@ pub(crate) struct Memory {
     pub(crate) _reserved: u32,
 }
 
-impl Memory {
-    /// Bytes of a bucket, and of the records beside it.
-    pub(crate) const BUCKET: usize = 64;
-    pub(crate) const RECORDS: usize = 192;
-    /// The most buckets.
-    pub(crate) const BUCKETS: usize = 1 << 20;
-
-    /// The bucket of a flow's direction: anywhere.
-    #[inline(always)]
-    pub(crate) fn bucket(&self, flow: u32, direction: u32) -> u32 {
-        let hash = ((flow as u64) << 1 | direction as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        ((hash ^ hash >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32) as u32 & self.mask
-    }
-}
-
 /// Where the packets' endpoints of one side are, and which they are: of each host so many ports, then the next host.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
