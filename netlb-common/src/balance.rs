@@ -359,7 +359,7 @@ pub fn known<A: Family, T: Tables>(
         return Known::No;
     }
     // Most packets change nothing.
-    let is_news = is_due || !found.data.stays(packet.segment);
+    let is_news = is_due || !found.data.is_kept_by(packet.segment);
     if found.data.is_wrapped() {
         if is_news {
             tables.note(fingerprint, packet.segment, now);

@@ -228,7 +228,7 @@ impl State {
     /// Whether one more packet leaves the state as it is, as [`next`](Self::next) would say at greater length: true of nearly every one.
     #[inline(always)]
     #[must_use]
-    pub const fn stays(self, direction: Direction, segment: Segment) -> bool {
+    pub const fn is_kept_by(self, direction: Direction, segment: Segment) -> bool {
         const ALWAYS: u16 = 1 << State::ESTABLISHED.0
             | 1 << State::FIN_FORWARD.0
             | 1 << State::FIN_REPLY.0

@@ -212,10 +212,10 @@ impl Data {
     /// Whether one more packet, in the unit of time in which this was written, leaves it as it is.
     #[inline(always)]
     #[must_use]
-    pub const fn stays(self, segment: Segment) -> bool {
+    pub const fn is_kept_by(self, segment: Segment) -> bool {
         // Whose answers do not pass by, that is taken for answered which its client goes on with.
         let is_unanswered = self.is_wrapped() && matches!(self.state(), State::UDP_ONE_WAY);
-        self.state().stays(self.direction(), segment) && !is_unanswered
+        self.state().is_kept_by(self.direction(), segment) && !is_unanswered
     }
 
     /// Ticks since a packet was noted.
@@ -563,8 +563,9 @@ pub fn find<S: Storage + ?Sized>(storage: &S, fingerprint: Fingerprint, now: Tic
     None
 }
 
-/// The same. Looks only at the slot where nearly every flow stands: the first of its first bucket that has its fingerprint. So a program has
-/// one place where it goes on with a slot, instead of one for each of a dozen, and the verifier goes that way once.
+/// The same. Looks first where nearly every flow stands: in the first slot of its first bucket that has its fingerprint. The rest is
+/// [located](Operations::locate), and need not be inlined. So a program goes on with a slot from two places instead of a dozen, and the
+/// verifier goes that way as often.
 #[inline(always)]
 pub fn look_up<O: Operations>(table: &O, fingerprint: Fingerprint, now: Ticks) -> Option<Found<'_>> {
     let index = fingerprint.bucket(0, table.mask());

@@ -49,7 +49,11 @@ fn every_state_and_segment_gives_the_state_of_the_table() {
                 };
                 let got = state.next(direction, segment);
                 assert_eq!(got.name(), expected.name(), "{} {direction:?} {segment:?}", state.name());
-                assert!(!state.stays(direction, segment) || got == state, "{} {direction:?} {segment:?}", state.name());
+                assert!(
+                    !state.is_kept_by(direction, segment) || got == state,
+                    "{} {direction:?} {segment:?}",
+                    state.name()
+                );
                 checked += 1;
             }
         }
@@ -121,15 +125,16 @@ fn what_most_packets_are_leaves_the_state_as_it_is() {
     let ack = Segment::from_control(0x10);
     for direction in [Forward, Reply] {
         for state in [State::ESTABLISHED, State::FIN_FORWARD, State::FIN_REPLY, State::CLOSING] {
-            assert!(state.stays(direction, ack), "{} {direction:?}", state.name());
+            assert!(state.is_kept_by(direction, ack), "{} {direction:?}", state.name());
         }
         for control in [0x02, 0x11, 0x14] {
-            assert!(!State::ESTABLISHED.stays(direction, Segment::from_control(control)));
+            assert!(!State::ESTABLISHED.is_kept_by(direction, Segment::from_control(control)));
         }
-        assert!(State::UDP_BOTH_WAYS.stays(direction, Segment::DATAGRAM));
+        assert!(State::UDP_BOTH_WAYS.is_kept_by(direction, Segment::DATAGRAM));
     }
     assert!(
-        State::UDP_ONE_WAY.stays(Forward, Segment::DATAGRAM) && !State::UDP_ONE_WAY.stays(Reply, Segment::DATAGRAM)
+        State::UDP_ONE_WAY.is_kept_by(Forward, Segment::DATAGRAM)
+            && !State::UDP_ONE_WAY.is_kept_by(Reply, Segment::DATAGRAM)
     );
-    assert!(!State::SYN_SENT.stays(Reply, ack) && !State::SYN_RECEIVED.stays(Forward, ack));
+    assert!(!State::SYN_SENT.is_kept_by(Reply, ack) && !State::SYN_RECEIVED.is_kept_by(Forward, ack));
 }
