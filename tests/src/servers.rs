@@ -156,6 +156,16 @@ pub fn iperf3(pod: &Pod, port: u16) -> Result<Server> {
     started(pod, process, dir, port, Protocol::Tcp)
 }
 
+/// Waits until an iperf3 listens. It closes its listening socket with each test's end, and opens one anew: who comes in between is refused.
+pub fn await_iperf3(server: &Server) -> Result<()> {
+    wait_until("iperf3 to listen for the next test", START, || {
+        let log = server.log();
+        let said = |what| log.matches(what).count();
+        Ok((said("Server listening on") > said("Accepted connection from")).then_some(()))
+    })
+    .with_context(|| server.log())
+}
+
 /// A knot that answers the TXT record `who.svc.test` with the pod's name, and A and AAAA of it with the pod's addresses.
 pub fn dns(pod: &Pod, port: u16) -> Result<Server> {
     let dir = Run::current()?.new_dir("knot")?;

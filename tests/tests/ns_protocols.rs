@@ -66,6 +66,7 @@ fn iperf3_streams_both_ways() -> TestResult {
         let cluster = ptp(forwarding, (5201, Protocol::Tcp), 1, |pod| servers::iperf3(pod, 5201))?;
         for family in Family::BOTH {
             for reverse in [false, true] {
+                servers::await_iperf3(&cluster.servers[0])?;
                 let report = clients::iperf3(&cluster.client.ns, cluster.vip(family), 1, reverse)?;
                 let megabits = report.bits_per_second / 1e6;
                 assert!(megabits > 100.0, "{forwarding}, {family}, reverse: {reverse}: {megabits:.0} Mbit/s");

@@ -145,6 +145,7 @@ fn every_server_of_the_testbed_answers_its_client() -> TestResult {
             assert_eq!(clients::dns_who(&client.ns, dns.addr(family), tcp)?, "backend", "knot, {family}, TCP: {tcp}");
         }
         for reverse in [false, true] {
+            servers::await_iperf3(&iperf3)?;
             assert!(clients::iperf3(&client.ns, iperf3.addr(family), 1, reverse)?.bytes > 1 << 20, "iperf3, {family}");
         }
         let wrk = clients::Wrk { server: nginx.addr(family), connections: 8, seconds: 1, reconnect: false }
