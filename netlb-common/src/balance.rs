@@ -81,8 +81,6 @@ pub trait Tables: Operations {
 pub struct Candidate {
     /// Perhaps to a frontend.
     pub to_frontend: bool,
-    /// Perhaps from a backend.
-    pub from_backend: bool,
     /// Leaves with an address of the node as its source, if it is of no service.
     pub is_masqueraded: bool,
 }
@@ -93,14 +91,19 @@ pub fn candidate<A: Family>(tables: &impl Tables, scope: Scope, source: A, desti
     let bits = tables.filter_bits_log2();
     let candidate = Candidate {
         to_frontend: tables.filter_has(filter::bit(destination, Kind::Frontend, bits)),
-        from_backend: tables.filter_has(filter::bit(source, Kind::Backend, bits)),
         is_masqueraded: scope == Scope::Replies && tables.is_masqueraded(source.to_map(), destination.to_map()),
     };
     (candidate.to_frontend
-        || candidate.from_backend
+        || is_from_backend(tables, source)
         || candidate.is_masqueraded
         || tables.is_owned(destination.to_map()))
     .then_some(candidate)
+}
+
+/// Whether a packet with a source may be from a backend.
+#[inline(always)]
+pub fn is_from_backend<A: Family>(tables: &impl Tables, source: A) -> bool {
+    tables.filter_has(filter::bit(source, Kind::Backend, tables.filter_bits_log2()))
 }
 
 /// What becomes of a packet that no service has, where its destination is of the networks that are services' or nobody's.
@@ -748,7 +751,7 @@ fn insert_wrapped<A: Family, T: Tables>(
         frontend: config.frontend,
         backend: id,
     };
-    let data = Data::new(Direction::Forward, State::first(packet.segment), id).wrapped();
+    let data = Data::new(Direction::Forward, State::first(packet.segment), id).wrapped().with_hop(translation.hop);
     let new = New { fingerprint: lookup.fingerprint, data, flow, now: lookup.now, defers: false };
     let inserted = tables.insert(new);
     if inserted == Inserted::FULL {
@@ -831,7 +834,7 @@ pub fn lost_reply<A: Family, T: Tables>(
     lookup: &Lookup,
     translation: &mut Translation<A>,
 ) -> Verdict {
-    if !lookup.candidate.from_backend || !lookup.scope.has(Direction::Reply) {
+    if !is_from_backend(&tables, packet.tuple.source) || !lookup.scope.has(Direction::Reply) {
         return Verdict::Pass;
     }
     let now = lookup.now;

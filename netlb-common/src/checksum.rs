@@ -5,60 +5,66 @@
 
 use crate::addr::Address;
 
-/// The change that a rewrite makes to a one's complement sum, as the kernel's `__wsum`.
+/// The change that a rewrite makes to a one's complement sum: a sum of words of 16 and 32 bits, some thousands of them at most, which is
+/// folded when it is used.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Delta(pub u32);
+pub struct Delta(u64);
 
 impl Delta {
     /// From one address to another.
     #[inline(always)]
     #[must_use]
     pub fn address<A: Address>(old: A, new: A) -> Self {
-        Self(fold_32(old.complement_sum() + new.sum()))
+        Self(old.complement_sum() + new.sum())
     }
 
     /// From one 16-bit word to another.
     #[inline(always)]
     #[must_use]
     pub const fn half(old: u16, new: u16) -> Self {
-        Self(!old as u32 + new as u32)
+        Self(!old as u64 + new as u64)
     }
+
+    /// One hop less: of the hops left, which are the first byte of their word.
+    pub const HOP: Self = Self(!u16::from_ne_bytes([1, 0]) as u64);
 
     #[inline(always)]
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self(fold_32(self.0 as u64 + other.0 as u64))
+        Self(self.0 + other.0)
+    }
+
+    /// As the kernel has it (`__wsum`).
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u32 {
+        let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        ((sum & 0xffff_ffff) + (sum >> 32)) as u32
     }
 }
 
-/// Folds a sum of at most 2^31 32-bit words into 32 bits, with end-around carry.
+/// Folds a sum of at most 2^16 32-bit words into 16 bits, with end-around carry.
 #[inline(always)]
-const fn fold_32(sum: u64) -> u32 {
+const fn fold(sum: u64) -> u16 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    sum as u32
-}
-
-/// Folds 32 bits into 16, with end-around carry.
-#[inline(always)]
-const fn fold_16(sum: u32) -> u16 {
+    // Now at most 33 bits, 18, and 17; the last time, a carry leaves no other.
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
-    sum as u16
+    (sum + (sum >> 16)) as u16
 }
 
 /// The checksum field for a sum of words.
 #[inline(always)]
 #[must_use]
 pub const fn finish(sum: u64) -> u16 {
-    !fold_16(fold_32(sum))
+    !fold(sum)
 }
 
 /// A checksum field after a change of what it covers (RFC 1624 eqn. 3: HC' = ~(~HC + ~m + m')).
 #[inline(always)]
 #[must_use]
 pub const fn update(check: u16, delta: Delta) -> u16 {
-    !fold_16(fold_32(!check as u64 + delta.0 as u64))
+    !fold(!check as u64 + delta.0)
 }
 
 /// A UDP checksum field after a change. Zero means "none" on IPv4 and stays; a sum that comes out as zero is sent as ones (RFC 768).
@@ -85,7 +91,7 @@ pub fn sum(bytes: &[u8], start: u32) -> u16 {
     if let [last] = chunks.remainder() {
         sum += u16::from_ne_bytes([*last, 0]) as u64;
     }
-    fold_16(fold_32(sum))
+    fold(sum)
 }
 
 #[cfg(test)]
@@ -120,7 +126,20 @@ mod tests {
 
         #[test]
         fn a_udp_checksum_never_becomes_zero(check: u16, delta: u32) {
-            prop_assert_eq!(update_udp(check, Delta(delta)) == 0, check == 0);
+            prop_assert_eq!(update_udp(check, Delta(delta.into())) == 0, check == 0);
+        }
+
+        #[test]
+        fn folding_is_taking_the_rest(sum in 0_u64..1 << 48) {
+            prop_assert_eq!(fold(sum) % 0xffff, (sum % 0xffff) as u16);
+            prop_assert_eq!(fold(sum) == 0, sum == 0);
+            prop_assert_eq!(u64::from(Delta(sum).word()) % 0xffff, sum % 0xffff);
+        }
+
+        #[test]
+        fn a_hop_less_is_a_change_of_the_first_byte(hops in 1_u8.., protocol: u8, check: u16) {
+            let half = |hops| u16::from_ne_bytes([hops, protocol]);
+            prop_assert!(same(update(check, Delta::HOP), update(check, Delta::half(half(hops), half(hops - 1)))));
         }
     }
 

@@ -74,6 +74,23 @@ counters! {
 
 impl Counter {
     pub const COUNT: usize = Self::ALL.len();
+
+    /// Whether it counts each packet of a flow, or each flow: what a call would cost, there it would show.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_frequent(self) -> bool {
+        matches!(
+            self,
+            Self::ToPeer
+                | Self::ToInterface
+                | Self::ToStack
+                | Self::SentByXdp
+                | Self::FlowsCreated
+                | Self::FlowsMasqueraded
+                | Self::DsrWrapped
+                | Self::DsrUnwrapped
+        )
+    }
 }
 
 #[cfg(test)]

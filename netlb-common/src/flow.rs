@@ -1,8 +1,10 @@
 //! Flows: the 5-tuple of a frame, and its keyed fingerprint.
 
 use crate::{
-    addr::{Address, Ipv4Be, Ipv6Be, PortBe},
+    addr::{Addr, Address, Ipv4Be, Ipv6Be, PortBe},
     conntrack::Segment,
+    directory,
+    maps::EndpointKey,
     wire::{
         Fields, Ignore, PacketBytes, Part, ethernet,
         ipv4::{self, Ipv4},
@@ -215,17 +217,42 @@ impl HashKey {
         Self { seeds: [random[0], random[1]], multipliers: [random[2] | 1, random[3] | 1] }
     }
 
-    /// A 64-bit hash of a 5-tuple: three 64-bit multiplications for IPv4, six for IPv6, and none of 128 bits, which BPF lacks.
+    /// A 64-bit hash of a 5-tuple: three 64-bit multiplications for IPv4, of which two go on at the same time, six for IPv6, and none of 128
+    /// bits, which BPF lacks.
     #[inline(always)]
     #[must_use]
     pub fn hash<A: Address>(&self, tuple: &Tuple<A>) -> u64 {
-        let mut hash = self.seeds[0];
-        tuple.source.absorb_pair(tuple.destination, |word| {
-            hash = (hash ^ word).wrapping_mul(self.multipliers[0]);
-            hash ^= hash >> 32;
-        });
         let ends = (tuple.source_port.0 as u64) << 32 | (tuple.destination_port.0 as u64) << 16 | tuple.protocol as u64;
-        hash = (hash ^ ends ^ self.seeds[1]).wrapping_mul(self.multipliers[1]);
+        let ends = (ends ^ self.seeds[1]).wrapping_mul(self.multipliers[1]);
+        let (mut hash, mut is_first) = (self.seeds[0], true);
+        tuple.source.absorb_pair(tuple.destination, |word| {
+            if !is_first {
+                hash ^= hash >> 32;
+            }
+            hash = (hash ^ word).wrapping_mul(self.multipliers[0]);
+            is_first = false;
+        });
+        hash = hash.wrapping_add(ends);
+        hash ^= hash >> 32;
+        hash = hash.wrapping_mul(self.multipliers[0]);
+        hash ^ hash >> 32
+    }
+
+    /// The key of an entry of `SERVICES`.
+    #[inline(always)]
+    #[must_use]
+    pub fn endpoint(&self, key: &EndpointKey) -> u64 {
+        let EndpointKey { addr: Addr([a, b]), port, protocol, scope, .. } = *key;
+        let end = (port.0 as u64) << 16 | (protocol as u64) << 8 | scope as u64;
+        directory::key(self.mix(self.seeds[1] ^ a ^ end << 32, b))
+    }
+
+    /// A hash of two words, of which the first has a seed in it.
+    #[inline(always)]
+    pub(crate) const fn mix(&self, seeded: u64, word: u64) -> u64 {
+        let mut hash = seeded.wrapping_mul(self.multipliers[0]);
+        hash ^= hash >> 32;
+        hash = (hash ^ word).wrapping_mul(self.multipliers[1]);
         hash ^= hash >> 29;
         hash = hash.wrapping_mul(self.multipliers[0]);
         hash ^ hash >> 32

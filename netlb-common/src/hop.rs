@@ -17,6 +17,8 @@ use crate::{
 
 /// Elements of `HOPS`. Index 0 is none.
 pub const COUNT: u32 = 1 << 14;
+/// Beside the index of a way: XDP can send there. So it need not look.
+pub const BY_XDP: u16 = COUNT as u16;
 /// Ticks after which a way is out of use: longer than every unit of a flow's time.
 const KEPT: u32 = 64;
 /// Elements that a way may stand in.
@@ -97,7 +99,7 @@ impl Hop {
     }
 }
 
-/// The index at which a way is remembered from now on, or 0 if there is no room.
+/// The index at which a way is remembered from now on, with [`BY_XDP`] where that is so; or 0 if there is no room.
 #[inline(always)]
 pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) -> u16 {
     let words = way.words();
@@ -107,6 +109,7 @@ pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) ->
         hash ^= hash >> 32;
     }
     let tag = hash >> 32 | 1;
+    let by_xdp = if way.has(Way::XDP) { BY_XDP } else { 0 };
     let owned = tag << 32 | now.0 as u64;
     for choice in 0..CHOICES {
         let index = (hash as u32).wrapping_add(choice) % COUNT;
@@ -119,7 +122,7 @@ pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) ->
             if hop.out.load() != words[0] {
                 hop.out.store(words[0]);
             }
-            return index as u16;
+            return index as u16 | by_xdp;
         }
         let idle = now.0.wrapping_sub(owner as u32);
         let is_free = owner == 0 || (idle > KEPT && idle <= u32::MAX / 2);
@@ -130,7 +133,7 @@ pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) ->
         hop.addresses[1].store(words[2]);
         hop.out.swap(words[0]);
         hop.owner.replace(now.0 as u64, owned);
-        return index as u16;
+        return index as u16 | by_xdp;
     }
     0
 }
@@ -138,21 +141,25 @@ pub fn keep<'a>(hops: impl Fn(u32) -> Option<&'a Hop>, way: &Way, now: Ticks) ->
 /// Elements of `LEADS`.
 pub const LEADS: u32 = 1 << 12;
 
-/// Element of `LEADS`: by which way packets for an address left that came in by an interface, a moment ago.
+/// Element of `LEADS`: by which way packets for an address left that came in by an interface, a moment ago, and which address of the node
+/// routing prefers there.
 ///
 /// ```text
-/// from bit 0:   time 12 | index in HOPS 14 | the upper 38 bits of the hash of both
+/// each, from bit 0:   time 12 | index in HOPS with its flag, or in SNAT_ADDRESSES 15 | the upper 37 bits of the hash of both
 /// ```
 #[derive(Debug)]
-#[repr(transparent)]
-pub struct Lead(Word);
+#[repr(C)]
+pub struct Lead {
+    way: Word,
+    source: Word,
+}
 
-const _: () = assert!(COUNT == 1 << Lead::HOP_BITS && LEADS == 1 << Lead::TIME_BITS);
+const _: () = assert!(2 * COUNT == 1 << Lead::INDEX_BITS && LEADS == 1 << Lead::TIME_BITS);
 
 impl Lead {
     const TIME_BITS: u32 = 12;
-    const HOP_BITS: u32 = 14;
-    const TAG_SHIFT: u32 = Self::TIME_BITS + Self::HOP_BITS;
+    const INDEX_BITS: u32 = 15;
+    const TAG_SHIFT: u32 = Self::TIME_BITS + Self::INDEX_BITS;
     const TIME: u32 = (1 << Self::TIME_BITS) - 1;
     /// Ticks after which routing is asked again.
     const FRESH: u32 = 1;
@@ -162,12 +169,7 @@ impl Lead {
     #[must_use]
     pub fn hash<A: Address>(key: &HashKey, address: A, interface: u32) -> u64 {
         let Addr([a, b]) = address.to_map();
-        let mut hash = (key.seeds[0] ^ a ^ interface as u64).wrapping_mul(key.multipliers[0]);
-        hash ^= hash >> 32;
-        hash = (hash ^ b).wrapping_mul(key.multipliers[1]);
-        hash ^= hash >> 29;
-        hash = hash.wrapping_mul(key.multipliers[0]);
-        hash ^ hash >> 32
+        key.mix(key.seeds[0] ^ a ^ interface as u64, b)
     }
 
     #[inline(always)]
@@ -176,22 +178,43 @@ impl Lead {
         hash as u32 % LEADS
     }
 
-    /// The index of the way, or 0.
+    /// The index of the way with its flag, or 0.
     #[inline(always)]
     pub fn hop(&self, hash: u64, now: Ticks) -> u16 {
-        let word = self.0.load();
+        Self::index_of(&self.way, hash, now) as u16
+    }
+
+    #[inline(always)]
+    pub fn set_hop(&self, hash: u64, hop: u16, now: Ticks) {
+        Self::set(&self.way, hash, hop.into(), now);
+    }
+
+    /// The index of the address that the node would send from, or 0.
+    #[inline(always)]
+    pub fn source(&self, hash: u64, now: Ticks) -> u32 {
+        Self::index_of(&self.source, hash, now)
+    }
+
+    #[inline(always)]
+    pub fn set_source(&self, hash: u64, source: u32, now: Ticks) {
+        Self::set(&self.source, hash, source, now);
+    }
+
+    #[inline(always)]
+    fn index_of(word: &Word, hash: u64, now: Ticks) -> u32 {
+        let word = word.load();
         let age = now.0.wrapping_sub(word as u32) & Self::TIME;
         if (word ^ hash) >> Self::TAG_SHIFT == 0 && age <= Self::FRESH {
-            (word >> Self::TIME_BITS) as u16 & ((1 << Self::HOP_BITS) - 1)
+            (word >> Self::TIME_BITS) as u32 & ((1 << Self::INDEX_BITS) - 1)
         } else {
             0
         }
     }
 
     #[inline(always)]
-    pub fn set(&self, hash: u64, hop: u16, now: Ticks) {
+    fn set(word: &Word, hash: u64, index: u32, now: Ticks) {
         let tag = hash >> Self::TAG_SHIFT << Self::TAG_SHIFT;
-        self.0.store(tag | (hop as u64) << Self::TIME_BITS | (now.0 & Self::TIME) as u64);
+        word.store(tag | (index as u64) << Self::TIME_BITS | (now.0 & Self::TIME) as u64);
     }
 }
 
@@ -252,15 +275,19 @@ mod tests {
     fn a_lead_is_for_one_address_and_interface_and_a_moment() {
         let key = HashKey::new([1, 2, 0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9]);
         let hash = |last, interface| Lead::hash(&key, Ipv4Be(u32::from_ne_bytes([10, 244, 1, last])), interface);
-        let lead = Lead(Word::new(0));
+        let lead = Lead { way: Word::new(0), source: Word::new(0) };
         assert_eq!(lead.hop(hash(1, 7), Ticks(100)), 0);
-        lead.set(hash(1, 7), 16_383, Ticks(4095));
-        assert_eq!(lead.hop(hash(1, 7), Ticks(4095)), 16_383);
-        assert_eq!(lead.hop(hash(1, 7), Ticks(4096)), 16_383, "a tick later");
+        let last = BY_XDP | 16_383;
+        lead.set_hop(hash(1, 7), last, Ticks(4095));
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4095)), last);
+        assert_eq!(lead.hop(hash(1, 7), Ticks(4096)), last, "a tick later");
         assert_eq!(lead.hop(hash(1, 7), Ticks(4097)), 0, "two ticks later");
         assert_eq!(lead.hop(hash(1, 7), Ticks(4094)), 0, "by a clock that is behind");
         for other in [hash(2, 7), hash(1, 8)] {
             assert_eq!(lead.hop(other, Ticks(4095)), 0);
         }
+        assert_eq!(lead.source(hash(1, 7), Ticks(4095)), 0, "which is told by itself");
+        lead.set_source(hash(2, 7), 255, Ticks(4096));
+        assert_eq!((lead.source(hash(2, 7), Ticks(4097)), lead.source(hash(1, 7), Ticks(4097))), (255, 0));
     }
 }

@@ -17,6 +17,7 @@ pub mod balance;
 pub mod checksum;
 pub mod conntrack;
 pub mod counters;
+pub mod directory;
 pub mod filter;
 pub mod flow;
 pub mod fragment;
@@ -41,4 +42,4 @@ pub mod tunnel;
 pub mod wire;
 
 /// The layout of the pinned maps. A daemon adopts maps of its own number and no others.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;

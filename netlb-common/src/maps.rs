@@ -7,13 +7,15 @@ use crate::{
     addr::{Addr, PortBe},
     atomic::Word,
     conntrack::State,
+    directory,
     flow::HashKey,
     network::Networks,
     snat::{Pool, Ports},
     time::{Jiffies, Ticks},
 };
 
-/// Key of `SERVICES` and of `OWNERS`: an address, a port and a protocol.
+/// What entries of `SERVICES` are for, which are found by [a hash](HashKey::endpoint) of it, and the key of `OWNERS`: an address, a port and a
+/// protocol.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 #[repr(C)]
 pub struct EndpointKey {
@@ -37,7 +39,7 @@ impl EndpointKey {
     }
 }
 
-/// Value of `SERVICES`: which record of `CONFIGS` is in force. One aligned 64-bit store switches a frontend over.
+/// Value in `SERVICES`, which is a [directory](crate::directory): which record of `CONFIGS` is in force. One aligned 64-bit store switches a frontend over.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(transparent)]
 pub struct ConfigRef(pub u64);
@@ -324,7 +326,7 @@ pub struct ServiceStats {
 #[repr(transparent)]
 pub struct Tally(pub Word);
 
-/// Value of `INTERFACES`, by interface index.
+/// Value in `INTERFACES`, which is a [directory](crate::directory) by interface index. There it is one word.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct Interface {
@@ -344,6 +346,21 @@ impl Interface {
     pub const XDP: u8 = 2;
     /// What is behind it routing finds by its destination alone.
     pub const DIRECT: u8 = 4;
+
+    /// Lines of `INTERFACES`.
+    pub const LINES: u32 = directory::lines(8192);
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_word(self) -> u64 {
+        self.role as u64 | (self.flags as u64) << 8 | (self.master as u64) << 32
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self { role: word as u8, flags: (word >> 8) as u8, pad: 0, master: (word >> 32) as u32 }
+    }
 }
 
 /// What an interface is to netlb.
@@ -422,6 +439,9 @@ pub struct Settings {
     pub snat_ports: Ports,
     /// Whether the addresses of services that are [`owned`](Self::owned) answer echo requests.
     pub echo: u32,
+    /// Lines of `SERVICES`, less one.
+    pub services_mask: u32,
+    pub pad: u32,
     /// Addresses that are services' or nobody's.
     pub owned: Networks,
     /// Addresses of the node's pods, whatever interface their packets come in on.
@@ -480,7 +500,7 @@ const _: () = {
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 136 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
+    assert!(size_of::<Settings>() == 144 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<NodePortKey>() == 4);

@@ -403,7 +403,7 @@ mod tests {
             assert_eq!(node.connect(&service(TCP)), (Outcome::Exchanged, chosen));
         }
         let keys = (0..50).map(|n| {
-            node.maps.key = HashKey::new([n, n + 1, n * 7, n << 40]);
+            node.maps.key = HashKey::new([1, 2, 3, 4].map(|m: u64| (4 * n + m).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
             node.connect(&service(TCP)).1
         });
         assert_eq!(keys.collect::<std::collections::HashSet<_>>().len(), 3, "not every node takes the same");

@@ -715,7 +715,11 @@ impl Inserted {
 pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
     let New { fingerprint, now, .. } = *new;
     for _ in 0..ATTEMPTS {
-        let (place, old) = match choose(table, new) {
+        let choice = match usual(&table, new) {
+            Some(place) => Choice::Take(place, Data::NONE),
+            None => choose(table, new),
+        };
+        let (place, old) = match choice {
             Choice::Existing(data) => return Inserted::existing(data),
             Choice::Take(place, old) => (place, old),
             Choice::Full => return Inserted::FULL,
@@ -743,6 +747,9 @@ pub fn insert<O: Operations>(table: O, new: &New) -> Inserted {
         }
         slot.fingerprint.store(fingerprint.0);
         slot.data.swap(new.slot_data().0);
+        if is_alone(&table, fingerprint, place) {
+            return Inserted::new(place, evicted);
+        }
         return match table.settle(new, place) {
             Data::NONE => Inserted::new(place, evicted),
             data => Inserted::existing(data),
@@ -841,6 +848,39 @@ enum Choice {
     Full,
     /// What was seen has changed.
     Changed,
+}
+
+/// Where most new flows go, whose first bucket has slots that nobody has, and no trace of them. The rest is [chosen](choose), in a part that
+/// is called.
+#[inline(always)]
+fn usual<S: Storage>(storage: &S, new: &New) -> Option<Place> {
+    let index = new.fingerprint.bucket(0, storage.mask());
+    let bucket = storage.bucket(index)?;
+    let (mut first, mut free) = (0, 0);
+    for (number, slot) in bucket.slots.iter().enumerate() {
+        if slot.fingerprint.load() == new.fingerprint.0 {
+            return None;
+        }
+        if slot.data.load() == Data::NONE.0 {
+            if free == 0 {
+                first = number as u64;
+            }
+            free += 1;
+        }
+    }
+    if free < ENOUGH || overflows(storage, index) {
+        return None;
+    }
+    Some(Place::new(index, any(first, new.fingerprint.0) as usize % SLOTS))
+}
+
+/// Whether a flow just published has no other slot for certain: none in its first bucket, which is its slot's, and none beyond.
+#[inline(always)]
+fn is_alone<S: Storage>(storage: &S, fingerprint: Fingerprint, mine: Place) -> bool {
+    let index = fingerprint.bucket(0, storage.mask());
+    let Some(bucket) = storage.bucket(index) else { return false };
+    let found = bucket.slots.iter().filter(|slot| slot.fingerprint.load() == fingerprint.0).count();
+    mine.bucket() == index && found == 1 && !overflows(storage, index)
 }
 
 /// The first bucket with two free slots, else the emptiest, else the slot that is worth least.

@@ -19,7 +19,9 @@ use netlb_common::{
     counters::Counter,
     flow::{Parsed, Tuple},
     hop::Way,
+    maps::role,
     table::Operations as _,
+    time::Ticks,
     wire::{tcp, udp},
 };
 
@@ -195,12 +197,7 @@ pub(crate) fn route_datagram<A: Routable>(frame: &impl Frame, len: u16, tuple: &
     lookup.__bindgen_anon_1.tot_len = len;
     // SAFETY: the structure is the helper's.
     let result = unsafe { bpf_fib_lookup(frame.as_ptr(), &mut lookup, size_of::<FibLookup>() as i32, 0) } as u32;
-    let out = maps::interface(lookup.ifindex).map_or(0, |interface| interface.flags);
-    let mut flags = out & (Way::PEER | Way::XDP | Way::DIRECT);
-    // To what is behind a gateway there may be several ways, of which each flow has one.
-    if !A::is_on_link(&lookup, tuple.destination) {
-        flags &= !Way::DIRECT;
-    }
+    let mut flags = out_flags(&lookup, tuple.destination);
     if bridge != 0 && bridge == lookup.ifindex {
         flags |= Way::BRIDGED;
     }
@@ -220,6 +217,32 @@ pub(crate) fn route_datagram<A: Routable>(frame: &impl Frame, len: u16, tuple: &
     }
 }
 
+/// What is known of the interface by which routing says that packets to a destination leave.
+#[inline(always)]
+fn out_flags<A: Routable>(lookup: &FibLookup, destination: A) -> u8 {
+    let Some(out) = maps::interface(lookup.ifindex) else { return 0 };
+    let flags = out.flags & (Way::PEER | Way::XDP | Way::DIRECT);
+    // To what is behind a gateway there may be several ways, of which each flow has one. Of uplinks it is known that there are not.
+    if out.role == role::UPLINK || A::is_on_link(lookup, destination) { flags } else { flags & !Way::DIRECT }
+}
+
+/// The interface by which a packet that came in on `input` would leave with another tuple; 0 if that is the kernel's business.
+#[inline(always)]
+pub(crate) fn way_out<A: Routable>(
+    frame: &impl Frame,
+    packet: &Parsed<A>,
+    tuple: &Tuple<A>,
+    input: u32,
+    now: Ticks,
+) -> u32 {
+    let way = maps::way(maps::lead(tuple.destination, input, now));
+    if way.interface != 0 {
+        return way.interface;
+    }
+    let route = route(frame, packet, tuple, input);
+    if matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved) { route.interface } else { 0 }
+}
+
 /// Why there is no address to send from.
 #[derive(Clone, Copy, Eq, PartialEq)]
 pub(crate) enum NoSource {
@@ -229,13 +252,14 @@ pub(crate) enum NoSource {
     Unknown,
 }
 
-/// The address that the node would use itself for what goes to a destination, by the frame's interface if that is where it is sent.
+/// The address that the node would use itself for what goes to a destination, by the frame's interface if that is where it is sent; and
+/// whether that is so for whatever comes in where this did.
 #[inline(always)]
 pub(crate) fn preferred_source<A: Routable>(
     frame: &impl Frame,
     tuple: &Tuple<A>,
     is_sent: bool,
-) -> Result<A, NoSource> {
+) -> Result<(A, bool), NoSource> {
     let (input, bridge) = (frame.interface(), bridge_of(frame.interface()));
     let mut lookup = question(tuple, if bridge == 0 || is_sent { input } else { bridge });
     let len = size_of::<FibLookup>() as i32;
@@ -248,7 +272,7 @@ pub(crate) fn preferred_source<A: Routable>(
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NOT_FORWARDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;
     match result {
-        SUCCESS => Ok(A::source(&lookup)),
+        SUCCESS => Ok((A::source(&lookup), out_flags(&lookup, tuple.destination) & Way::DIRECT != 0)),
         NOT_FORWARDED => Err(NoSource::Local),
         _ => Err(NoSource::Unknown),
     }

@@ -1,7 +1,7 @@
 //! Fragments at TC: later ones get the ports of their datagram's first one, and wait for it where it is late.
 
 use netlb_common::{
-    balance::{Scope, Tables as _, Verdict},
+    balance::{self, Scope, Tables as _, Verdict},
     counters::Counter,
     flow::Fingerprint,
     fragment::{self, Claim, First, Region},
@@ -32,12 +32,12 @@ pub(crate) fn join<A: Packet>(frame: &Skb, work: &mut Work<A>) -> Verdict {
         let is_sent_again = lookup.scope != Scope::Replies && subprograms::release(frame, datagram, now);
         return if is_sent_again { Verdict::Drop } else { Verdict::Translate };
     }
-    let mut first = maps::first_fragment(datagram, now);
     // Of UDP from a backend as well: that may be a reply. Whatever it is, its first fragment comes by here and releases it. Of ICMP only that
     // of an echo does.
     let protocol = packet.tuple.protocol;
     let may_be_ours = (lookup.candidate.to_frontend && protocol != A::ICMP)
-        || (lookup.candidate.from_backend && protocol == udp::PROTOCOL);
+        || (protocol == udp::PROTOCOL && balance::is_from_backend(&Kernel, packet.tuple.source));
+    let mut first = maps::first_fragment(datagram, now);
     if first.is_none() && may_be_ours && lookup.scope != Scope::Replies {
         match subprograms::hold(frame, datagram, now) {
             Verdict::Translate => first = maps::first_fragment(datagram, now),

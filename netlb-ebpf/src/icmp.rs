@@ -140,9 +140,9 @@ fn rewrite<A: Packet>(frame: &Skb, error: &Error<A>, meaning: &Meaning<A>, ttl: 
     }
     let check = error.message + message::CHECK;
     if A::IS_V6 {
-        frame.replace_checksum(check, 0, edit.addresses.0 as u64, BPF_F_PSEUDO_HDR as u64)?;
+        frame.replace_checksum(check, 0, edit.addresses.word() as u64, BPF_F_PSEUDO_HDR as u64)?;
     }
-    frame.replace_checksum(check, 0, edit.message.0 as u64, 0)
+    frame.replace_checksum(check, 0, edit.message.word() as u64, 0)
 }
 
 impl Errors for Ipv4Be {

@@ -54,56 +54,56 @@ pub(crate) fn netlb_xdp(ctx: XdpContext) -> u32 {
 /// A process connects a socket.
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn netlb_connect4(ctx: SockAddrContext) -> i32 {
-    socket::connect::<Ipv4Be>(&ctx)
+    socket::verdict(socket::connect::<Ipv4Be>(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn netlb_connect6(ctx: SockAddrContext) -> i32 {
-    socket::connect::<Ipv6Be>(&ctx)
+    socket::verdict(socket::connect::<Ipv6Be>(&ctx))
 }
 
 /// A process sends a datagram to an address.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn netlb_sendmsg4(ctx: SockAddrContext) -> i32 {
-    socket::send::<Ipv4Be>(&ctx)
+    socket::verdict(socket::send::<Ipv4Be>(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub(crate) fn netlb_sendmsg6(ctx: SockAddrContext) -> i32 {
-    socket::send::<Ipv6Be>(&ctx)
+    socket::verdict(socket::send::<Ipv6Be>(&ctx))
 }
 
 /// A process asks who sent a datagram.
 #[cgroup_sock_addr(recvmsg4)]
 pub(crate) fn netlb_recvmsg4(ctx: SockAddrContext) -> i32 {
-    socket::show_peer::<Ipv4Be>(&ctx)
+    socket::verdict(socket::show_peer::<Ipv4Be>(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 pub(crate) fn netlb_recvmsg6(ctx: SockAddrContext) -> i32 {
-    socket::show_peer::<Ipv6Be>(&ctx)
+    socket::verdict(socket::show_peer::<Ipv6Be>(&ctx))
 }
 
 /// A process asks whom a socket is connected to.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn netlb_getpeername4(ctx: SockAddrContext) -> i32 {
-    socket::show_peer::<Ipv4Be>(&ctx)
+    socket::verdict(socket::show_peer::<Ipv4Be>(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn netlb_getpeername6(ctx: SockAddrContext) -> i32 {
-    socket::show_peer::<Ipv6Be>(&ctx)
+    socket::verdict(socket::show_peer::<Ipv6Be>(&ctx))
 }
 
 /// A process has bound a socket to an address.
 #[cgroup_sock(post_bind4)]
 pub(crate) fn netlb_post_bind4(ctx: SockContext) -> i32 {
-    socket::bind::<Ipv4Be>(&ctx)
+    socket::verdict(socket::bind::<Ipv4Be>(&ctx))
 }
 
 #[cgroup_sock(post_bind6)]
 pub(crate) fn netlb_post_bind6(ctx: SockContext) -> i32 {
-    socket::bind::<Ipv6Be>(&ctx)
+    socket::verdict(socket::bind::<Ipv6Be>(&ctx))
 }
 
 /// Never reached: the build refuses an object that can panic.

@@ -14,6 +14,7 @@ use netlb_common::{
     balance::{Lookup, Tables, Translation},
     conntrack::State,
     counters::Counter,
+    directory::{self, Line, Lines},
     flow::{Family, Fingerprint, HashKey, Parsed},
     fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop, Lead, Way},
@@ -32,13 +33,15 @@ use netlb_common::{
     time::{Jiffies, Ticks},
 };
 
+use crate::subprograms;
+
 /// Bits of a whole key of `SOURCE_RANGES`.
 const RANGE_BITS: u32 = RangeKey::SERVICE_BITS + 128;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map]
-static SERVICES: HashMap<EndpointKey, ConfigRef, 1, NO_PREALLOC> = HashMap::new();
+static SERVICES: Array<Line, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CONFIGS: Array<Config, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -68,7 +71,7 @@ static CURSORS: Array<Tally, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 #[btf_map]
-static INTERFACES: HashMap<u32, Interface, 1, NO_PREALLOC> = HashMap::new();
+static INTERFACES: Array<Line, { Interface::LINES as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static HOPS: Array<Hop, { hop::COUNT as usize }, MMAPABLE> = Array::new();
 #[btf_map]
@@ -250,6 +253,8 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     log_level: 0,
     snat_ports: Ports { first: 0, more: 0 },
     echo: 0,
+    services_mask: 0,
+    pad: 0,
     owned: Networks::NONE,
     pods: Networks::NONE,
     masquerade: Networks::NONE,
@@ -418,17 +423,16 @@ pub(crate) fn now() -> Ticks {
 /// What the control loop knows of an interface.
 #[inline(always)]
 pub(crate) fn interface(index: u32) -> Option<Interface> {
-    // SAFETY: copied at once; an element that is replaced meanwhile shows an older or newer interface of this index.
-    unsafe { INTERFACES.get(index) }.copied()
+    directory::get(&Interfaces, directory::numbered(index)).map(Interface::from_word)
 }
 
-/// The way with this index, or none: [`Way::NONE`].
+/// The way with this index, whatever its flag, or none: [`Way::NONE`].
 #[inline(always)]
 pub(crate) fn way(hop: u16) -> Way {
-    HOPS.get(hop as u32).and_then(Hop::way).unwrap_or(Way::NONE)
+    HOPS.get(hop as u32 % hop::COUNT).and_then(Hop::way).unwrap_or(Way::NONE)
 }
 
-/// Remembers a way, and returns its index.
+/// Remembers a way, and returns its index with its flag.
 #[inline(always)]
 pub(crate) fn keep_way(way: &Way, now: Ticks) -> u16 {
     hop::keep(|index| HOPS.get(index), way, now)
@@ -445,7 +449,23 @@ pub(crate) fn lead<A: Address>(address: A, input: u32, now: Ticks) -> u16 {
 pub(crate) fn set_lead<A: Address>(address: A, input: u32, hop: u16, now: Ticks) {
     let hash = Lead::hash(&Kernel.hash_key(), address, input);
     if let Some(lead) = LEADS.get(Lead::index(hash)) {
-        lead.set(hash, hop, now);
+        lead.set_hop(hash, hop, now);
+    }
+}
+
+/// The index of the address that the node would send from to an address, if it is known and the way there still is; else 0.
+#[inline(always)]
+pub(crate) fn lead_source<A: Address>(address: A, input: u32, now: Ticks) -> u32 {
+    let hash = Lead::hash(&Kernel.hash_key(), address, input);
+    let Some(lead) = LEADS.get(Lead::index(hash)) else { return 0 };
+    if way(lead.hop(hash, now)).interface == 0 { 0 } else { lead.source(hash, now) }
+}
+
+#[inline(always)]
+pub(crate) fn set_lead_source<A: Address>(address: A, input: u32, source: u32, now: Ticks) {
+    let hash = Lead::hash(&Kernel.hash_key(), address, input);
+    if let Some(lead) = LEADS.get(Lead::index(hash)) {
+        lead.set_source(hash, source, now);
     }
 }
 
@@ -496,9 +516,19 @@ pub(crate) fn count_packets(service: u32, is_reply: bool, packets: u64, bytes: u
     }
 }
 
+/// Counts an event. There are hundreds of places that do, nearly all of them for what is rare: those share a part of the program.
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+    if counter.is_frequent() {
+        count_here(counter as u32);
+    } else {
+        subprograms::count(counter);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn count_here(counter: u32) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter) {
         // SAFETY: this CPU's element.
         unsafe { *value += 1 };
     }
@@ -549,6 +579,46 @@ pub(crate) fn count_call(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: this element, and aligned.
         unsafe { &*value.cast::<Word>() }.add(1);
+    }
+}
+
+/// `SERVICES`.
+pub(crate) struct Services;
+
+impl Lines for Services {
+    #[inline(always)]
+    fn mask(&self) -> u32 {
+        setting!(services_mask)
+    }
+
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        SERVICES.get(index)
+    }
+
+    #[inline(always)]
+    fn beyond(&self, key: u64) -> u64 {
+        subprograms::service_beyond(key)
+    }
+}
+
+/// `INTERFACES`.
+pub(crate) struct Interfaces;
+
+impl Lines for Interfaces {
+    #[inline(always)]
+    fn mask(&self) -> u32 {
+        Interface::LINES - 1
+    }
+
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        INTERFACES.get(index)
+    }
+
+    #[inline(always)]
+    fn beyond(&self, key: u64) -> u64 {
+        subprograms::interface_beyond(key)
     }
 }
 
@@ -612,8 +682,8 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn config_ref(&self, key: &EndpointKey) -> Option<ConfigRef> {
-        // SAFETY: one aligned 64-bit load, and the record behind it is checked.
-        unsafe { SERVICES.get(key) }.copied()
+        // The record behind it is checked.
+        directory::get(&Services, self.hash_key().endpoint(key)).map(ConfigRef)
     }
 
     #[inline(always)]
@@ -678,12 +748,12 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn is_owned(&self, addr: Addr) -> bool {
-        has_owned() && crate::subprograms::is_owned(addr)
+        has_owned() && subprograms::is_owned(addr)
     }
 
     #[inline(always)]
     fn is_masqueraded(&self, source: Addr, destination: Addr) -> bool {
-        has_masquerade() && crate::subprograms::is_masqueraded(source, destination)
+        has_masquerade() && subprograms::is_masqueraded(source, destination)
     }
 
     #[inline(always)]
@@ -733,7 +803,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn leave(self, fingerprint: Fingerprint, data: Data, now: Ticks) {
-        crate::subprograms::leave(fingerprint, data, now);
+        subprograms::leave(fingerprint, data, now);
     }
 
     #[inline(always)]

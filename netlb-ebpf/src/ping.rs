@@ -140,14 +140,14 @@ fn rewrite<A: Packet>(frame: &Skb, Work { packet, translation, .. }: &Work<A>, t
     }
     let check = packet.transport + message::CHECK;
     if A::IS_V6 {
-        frame.replace_checksum(check, 0, old.change_to(&new).0 as u64, BPF_F_PSEUDO_HDR as u64)?;
+        frame.replace_checksum(check, 0, old.change_to(&new).word() as u64, BPF_F_PSEUDO_HDR as u64)?;
     }
     let (from, to) = match translation.direction {
         Direction::Forward => (packet.tuple.source_port, tuple.source_port),
         Direction::Reply => (packet.tuple.destination_port, tuple.destination_port),
     };
     if from != to {
-        frame.replace_checksum(check, 0, Delta::half(from.0, to.0).0 as u64, 0)?;
+        frame.replace_checksum(check, 0, Delta::half(from.0, to.0).word() as u64, 0)?;
         frame.store(packet.transport + ping::IDENTIFIER, &to, 0)?;
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! What every hook does with a packet: parse, address filter, balance. What becomes of a translated one is the hook's.
 
 use netlb_common::{
-    addr::{Addr, Ipv4Be, Ipv6Be},
+    addr::{Address, Ipv4Be, Ipv6Be},
     balance::{self, Known, Lookup, Reach, Scope, Selection, Tables as _, Translation, Unclaimed, Verdict},
     conntrack::Direction,
     counters::Counter,
@@ -10,12 +10,13 @@ use netlb_common::{
     relay::Relays,
     snat::{self, Snat},
     stray::{Stray, Strays},
+    time::Ticks,
     wire::{Ignore, Part},
 };
 
 use crate::{
     answer::Answer,
-    forward::{self, NoSource, Outcome, Routable},
+    forward::{self, NoSource, Routable},
     frame::{Frame, Skb},
     icmp::Errors,
     maps::{self, Kernel, Work},
@@ -77,18 +78,20 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
         maps::count(Counter::TtlExpired);
         return (PASS, None);
     }
-    work.lookup =
+    // Kept here as well: what is looked up need not be read again.
+    let mut lookup =
         Lookup { fingerprint: Kernel.hash_key().fingerprint(&work.packet.tuple), now: maps::now(), candidate, scope };
+    work.lookup = lookup;
     work.translation = Translation::none();
     if work.packet.part != Part::Whole {
         match frame.join(work) {
-            Verdict::Translate => {}
+            Verdict::Translate => lookup.fingerprint = work.lookup.fingerprint,
             verdict => return (verdict, None),
         }
     }
     // SAFETY: the same reference.
     let work = unsafe { &mut *maps::forget(work) };
-    let verdict = match balance::known(Kernel, &work.packet, &work.lookup, can_leave_by, &mut work.translation) {
+    let verdict = match balance::known(Kernel, &work.packet, &lookup, can_leave_by, &mut work.translation) {
         Known::Translate => Verdict::Translate,
         Known::Tend => {
             A::tend(work);
@@ -176,9 +179,9 @@ pub(crate) fn stray<A: Packet>(frame: &impl Frame) -> Verdict {
 
 /// Whether packets with a source that come in on an interface are from outside: neither of a pod of this node nor of the node itself.
 #[inline(always)]
-pub(crate) fn is_outside(interface: u32, source: Addr) -> bool {
+pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
     let role = maps::interface(interface).map_or(0, |interface| interface.role);
-    role != role::POD && role != role::BRIDGE && !(maps::has_pods() && maps::pods_have(source))
+    role != role::POD && role != role::BRIDGE && !(maps::has_pods() && subprograms::is_pod(source.to_map()))
 }
 
 /// Makes the flow of a packet to a service.
@@ -212,9 +215,15 @@ pub(crate) fn account<A: Packet>(frame: &impl Frame, translation: &Translation<A
 /// Whether a packet's flow must have an address of the node as its source at a backend, or is to be wrapped for it, as [`NEEDS_SNAT`] and
 /// [`NEEDS_WRAP`] say it; else 0.
 #[inline(always)]
-pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: &Backend, flags: u32) -> u32 {
+pub(crate) fn needs_snat<A: Packet>(
+    frame: &impl Frame,
+    packet: &Parsed<A>,
+    now: Ticks,
+    backend: &Backend,
+    flags: u32,
+) -> u32 {
     let interface = frame.interface();
-    let is_outside = subprograms::is_from_outside(interface, packet.tuple.source);
+    let is_outside = is_from_outside(interface, packet.tuple.source);
     let needs = balance::needs_snat(packet, backend, flags, is_outside, |backend| {
         // Replies come back through this node but for a packet from outside whose backend is outside as well, or one that the world is not to
         // see the source of.
@@ -222,9 +231,8 @@ pub(crate) fn needs_snat<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, back
             return true;
         }
         let tuple = Tuple { destination: backend, ..packet.tuple };
-        let route = forward::route(frame, packet, &tuple, interface);
-        !matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved)
-            || maps::interface(route.interface).is_none_or(|interface| interface.role != role::UPLINK)
+        let out = forward::way_out(frame, packet, &tuple, interface, now);
+        maps::interface(out).is_none_or(|interface| interface.role != role::UPLINK)
     });
     // With a source that is wanted in any case, there was a conflict: nothing that is wrapped has one.
     let is_wrapped = flags & (Config::DSR | Config::SNAT_OUTSIDE) == Config::DSR
@@ -246,7 +254,7 @@ pub(crate) const IS_NODE: u32 = u32::MAX;
 
 /// The index of the `n`-th address of the node that a flow to a backend, or to the world, may get as its source; 0 if there is none.
 #[inline(always)]
-pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend: u32, n: u32) -> u32 {
+pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, now: Ticks, backend: u32, n: u32) -> u32 {
     let mut tuple = packet.tuple;
     let is_sent = backend == 0;
     if !is_sent {
@@ -263,8 +271,21 @@ pub(crate) fn address<A: Packet>(frame: &impl Frame, packet: &Parsed<A>, backend
     if n > 0 {
         return 0;
     }
+    let input = frame.interface();
+    if !is_sent {
+        let known = maps::lead_source(tuple.destination, input, now);
+        if known != 0 {
+            return known;
+        }
+    }
     match forward::preferred_source(frame, &tuple, is_sent) {
-        Ok(source) if source.is_routable() => maps::keep_source(source.to_map()),
+        Ok((source, is_direct)) if source.is_routable() => {
+            let index = maps::keep_source(source.to_map());
+            if is_direct && !is_sent {
+                maps::set_lead_source(tuple.destination, input, index, now);
+            }
+            index
+        }
         Err(NoSource::Local) => IS_NODE,
         _ if Kernel.address(tuple.destination.to_map()) & address::NODE != 0 => IS_NODE,
         _ => 0,

@@ -86,10 +86,10 @@ pub(crate) fn rewrite<A: Rewrite>(
         return Ok(());
     }
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
-    frame.replace_checksum(check, 0, addresses.0 as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
+    frame.replace_checksum(check, 0, addresses.word() as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
     let (old, new) = (ends(&packet.tuple), ends(&new));
     if old != new {
-        frame.replace_checksum(check, 0, ports.0 as u64, mangled)?;
+        frame.replace_checksum(check, 0, ports.word() as u64, mangled)?;
         if !has_ports {
             frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
         }
@@ -216,11 +216,8 @@ impl RewriteInPlace for Ipv4Be {
 
     #[inline(always)]
     fn write_in_place(frame: Writable, packet: &Parsed<Self>, source: Self, destination: Self, delta: Delta) {
-        let protocol = packet.tuple.protocol;
-        let ttl = packet.ttl - 1;
-        let hops = Delta::half(u16::from_ne_bytes([packet.ttl, protocol]), u16::from_ne_bytes([ttl, protocol]));
-        frame.set(NETWORK + ipv4::TTL, ttl);
-        frame.set(NETWORK + ipv4::CHECK, checksum::update(packet.ip_check, delta.plus(hops)));
+        frame.set(NETWORK + ipv4::TTL, packet.ttl - 1);
+        frame.set(NETWORK + ipv4::CHECK, checksum::update(packet.ip_check, delta.plus(Delta::HOP)));
         frame.set(NETWORK + ipv4::SOURCE, source);
         frame.set(NETWORK + ipv4::DESTINATION, destination);
     }

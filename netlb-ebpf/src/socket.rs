@@ -68,6 +68,16 @@ impl SocketAddress for Ipv6Be {
     }
 }
 
+/// A program's result, of which the verifier sees that it is one of the two: of a number that the compiler keeps on the stack beside others
+/// it may not know any more what it is.
+#[inline(always)]
+pub(crate) fn verdict(result: i32) -> i32 {
+    let mut word = result as u64;
+    // SAFETY: copies a register onto itself.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) word, options(nomem, nostack)) };
+    (word & 1) as i32
+}
+
 /// The address that a socket of a family is bound to.
 pub(crate) trait BoundAddress {
     fn bound(sock: *const bpf_sock) -> Addr;

@@ -6,9 +6,11 @@
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_log_ebpf::debug;
 use netlb_common::{
-    addr::{Addr, Address, Ipv4Be, Ipv6Be},
+    addr::{Addr, Ipv4Be, Ipv6Be},
     balance::{self, At, Known, Lookup, Reach, Scope, Selection, Tables as _, Verdict},
     conntrack::{Segment, State},
+    counters::Counter,
+    directory,
     flow::{Fingerprint, Parsed},
     fragment::Region,
     snat::{Pool, Snat},
@@ -41,6 +43,19 @@ subprogram! {
     // SAFETY, of all that get a `New`: null or readable; the verifier sees to it.
     fn flow_scan(index: u32, new: *const New) -> u64 {
         unsafe { new.as_ref() }.map_or(Scan::FULL, |new| table::scan(&Kernel, index, new)).0
+    }
+
+    fn count_event(counter: u32) -> u32 {
+        maps::count_here(counter);
+        0
+    }
+
+    fn directory_services(key: u64) -> u64 {
+        directory::beyond(&maps::Services, key)
+    }
+
+    fn directory_interfaces(key: u64) -> u64 {
+        directory::beyond(&maps::Interfaces, key)
     }
 
     fn flow_insert(new: *const New) -> u64 {
@@ -113,8 +128,8 @@ subprogram! {
         maps::unwraps_from(Addr([a, b])) as u32
     }
 
-    fn from_outside(interface: u32, a: u64, b: u64) -> u32 {
-        pipeline::is_outside(interface, Addr([a, b])) as u32
+    fn pods_have(a: u64, b: u64) -> u32 {
+        maps::pods_have(Addr([a, b])) as u32
     }
 
     fn flow_remove(fingerprint: u64, now: u32) -> u32 {
@@ -202,11 +217,28 @@ pub(crate) fn is_masqueraded(source: Addr, Addr([a, b]): Addr) -> bool {
     masquerade_has(source.0[0], source.0[1]) != 0 && masquerade_has(a, b) == 0 && masquerade_spares(a, b) == 0
 }
 
-/// Whether packets with a source that come in on an interface are from outside.
+/// Whether an address is a pod's of this node, as the configuration says.
 #[inline(always)]
-pub(crate) fn is_from_outside(interface: u32, source: impl Address) -> bool {
-    let Addr([a, b]) = source.to_map();
-    from_outside(interface, a, b) != 0
+pub(crate) fn is_pod(Addr([a, b]): Addr) -> bool {
+    pods_have(a, b) != 0
+}
+
+/// Counts an event.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    count_event(counter as u32);
+}
+
+/// See [`directory::Lines::beyond`].
+#[inline(always)]
+pub(crate) fn service_beyond(key: u64) -> u64 {
+    directory_services(key)
+}
+
+/// The same.
+#[inline(always)]
+pub(crate) fn interface_beyond(key: u64) -> u64 {
+    directory_interfaces(key)
 }
 
 /// See [`balance::leave`].
@@ -337,7 +369,7 @@ macro_rules! parts {
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
                 let Some(work) = (unsafe { work.as_ref() }) else { return Selection::NONE.0 };
-                let is_outside = || is_from_outside(interface, work.packet.tuple.source);
+                let is_outside = || pipeline::is_from_outside(interface, work.packet.tuple.source);
                 balance::select(Kernel, &work.packet, &work.lookup, is_outside).0
             }
 
@@ -623,21 +655,17 @@ macro_rules! hook {
                 pipeline::stray::<$family>(&$frame::new(context)) as u32
             }
 
-            fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, backend: u32, flags: u32) -> u32 {
+            fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, now: u32, backend: u32, flags: u32) -> u32 {
                 let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
-                pipeline::needs_snat(&$frame::new(context), packet, backend, flags)
+                pipeline::needs_snat(&$frame::new(context), packet, Ticks(now), backend, flags)
             }
 
-            fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, flags: u32) -> u32 {
-                // What is masqueraded has no backend.
-                let needs = if backend == 0 { pipeline::NEEDS_SNAT } else { $needs_snat(context, packet, backend, flags) };
-                if needs == 0 {
-                    return Snat::NONE.0;
-                }
+            fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, needs: u32) -> u32 {
+                let Some(now) = (unsafe { lookup.as_ref() }).map(|lookup| lookup.now.0) else { return Snat::NO_ADDRESS.0 };
                 let addresses = maps::pool_len::<$family>().max(1);
                 let mut snat = Snat::NO_ADDRESS;
                 for n in 0..Pool::MAX as u32 {
-                    snat = match $address(context, packet, backend, n) {
+                    snat = match $address(context, packet, now, backend, n) {
                         0 => break,
                         pipeline::IS_NODE => Snat::NONE,
                         index if needs == pipeline::NEEDS_WRAP => Snat::outer(index),
@@ -650,9 +678,9 @@ macro_rules! hook {
                 snat.0
             }
 
-            fn $address(context: *mut $context, packet: *const Parsed<$family>, backend: u32, n: u32) -> u32 {
+            fn $address(context: *mut $context, packet: *const Parsed<$family>, now: u32, backend: u32, n: u32) -> u32 {
                 let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
-                pipeline::address(&$frame::new(context), packet, backend, n)
+                pipeline::address(&$frame::new(context), packet, Ticks(now), backend, n)
             }
 
             // An address's index in the upper half, and in the lower one how many there are.
@@ -678,7 +706,11 @@ macro_rules! hook {
         impl Reach<$family> for $frame {
             #[inline(always)]
             fn source(&self, packet: &Parsed<$family>, lookup: &Lookup, backend: u32, flags: u32) -> Snat {
-                Snat($source(self.$as_context(), packet, lookup, backend, flags))
+                let context = self.$as_context();
+                // What is masqueraded has no backend.
+                let needs = if backend == 0 { pipeline::NEEDS_SNAT } else { $needs_snat(context, packet, lookup.now.0, backend, flags) };
+                // Most need none, which costs no second call.
+                if needs == 0 { Snat::NONE } else { Snat($source(context, packet, lookup, backend, needs)) }
             }
 
             #[inline(always)]

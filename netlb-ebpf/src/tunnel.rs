@@ -96,7 +96,7 @@ impl Wrapping for Ipv4Be {
     fn one_hop_less(packet: Linear) -> [u16; 2] {
         let (ttl, protocol) = (packet.byte(ipv4::TTL), packet.byte(ipv4::PROTOCOL));
         let hops = pair(ttl.wrapping_sub(1), protocol);
-        [hops, checksum::update(packet.half(ipv4::CHECK), Delta::half(pair(ttl, protocol), hops))]
+        [hops, checksum::update(packet.half(ipv4::CHECK), Delta::HOP)]
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
     balance::{Scope, Verdict},
     counters::Counter,
-    hop::Way,
+    hop::{BY_XDP, Way},
     wire::ethernet,
 };
 
@@ -35,7 +35,7 @@ fn balance<A: Packet>(frame: &Xdp) -> i32
 where
     Xdp: Hook<A>,
 {
-    match pipeline::decide::<A, _>(frame, Scope::Both, |hop| maps::way(hop).has(Way::XDP)) {
+    match pipeline::decide::<A, _>(frame, Scope::Both, |hop| hop & BY_XDP != 0) {
         (Verdict::Translate, Some(work)) => frame.dispatch(work),
         (Verdict::Wrap, Some(work)) => frame.wrap(work),
         (Verdict::Drop, _) => Xdp::DROP,

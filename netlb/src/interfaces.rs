@@ -201,7 +201,7 @@ async fn follow(node: Node, mut netlink: Netlink, begin: oneshot::Receiver<Begin
                 }
                 Event::Ruled => {
                     reroute_at.get_or_insert(rerouted + REROUTE);
-                    list_rules(&mut follower, &netlink).await;
+                    list_rules(&mut follower, &mut netlink).await;
                 }
                 Event::Changed(link) => {
                     let ask = follower.peers_of_changed(&link);
@@ -244,8 +244,8 @@ async fn list(follower: &mut Follower, netlink: &mut Netlink) {
     list_addresses(follower, netlink).await;
 }
 
-async fn list_rules(follower: &mut Follower, netlink: &Netlink) {
-    follower.set_routing(netlink.routes_by_destination().await);
+async fn list_rules(follower: &mut Follower, netlink: &mut Netlink) {
+    follower.set_routing(netlink.routing().await);
 }
 
 async fn list_addresses(follower: &mut Follower, netlink: &Netlink) {

@@ -9,10 +9,11 @@
 //! itself, as short as the weights allow. Nothing here does I/O.
 
 use std::{
-    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
+
+use foldhash::{HashMap, HashMapExt as _};
 
 #[cfg(test)]
 use crate::model::BackendState;

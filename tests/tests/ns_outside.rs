@@ -1,5 +1,7 @@
 //! Traffic from outside the cluster, which comes in on an uplink.
 
+use netlb::datapath::kernel::testing::announced;
+use netlb_common::maps::Interface;
 use netlb_integration::clients;
 use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
 use netlb_integration::exec::wait_until;
@@ -8,8 +10,11 @@ use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Testbed, vip};
 
 use anyhow::{Context, Result};
+use nix::net::if_::if_nametoindex;
 use std::net::SocketAddr;
 use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(10);
 
 #[test]
 fn a_client_outside_is_served_by_backends_of_the_node_and_they_see_its_address() -> TestResult {
@@ -58,6 +63,43 @@ fn a_client_outside_is_served_by_backends_of_other_nodes() -> TestResult {
         }
         assert_eq!(netlb.counter("needs_snat")?, 0);
     }
+    Ok(())
+}
+
+/// Flows to one address go where others went if nothing can lead them elsewhere: no rule that asks for more than destinations, and no route
+/// of several ways.
+#[test]
+fn the_programs_are_told_whether_there_is_one_way_to_each_destination() -> TestResult {
+    let bed = Plan::new(Layout::Ptp).with_outside_client().build()?;
+    let node = bed.node_a();
+    let netlb = Netlb::start(node, &Config::new(node, Forwarding::Fast))?;
+    let uplink = node.uplinks().first().context("no uplink")?;
+    let index = node.ns.enter(|| if_nametoindex(uplink.as_str()))??;
+    let ip = |line: &str| node.ns.command("ip").args(line.split(' ')).run()?.success();
+    let is_told = |what: &str, expected: bool| {
+        wait_until(what, SOON, || {
+            let announced = announced(netlb.bpffs(), index)?;
+            let is_direct = announced.is_some_and(|interface| interface.flags & Interface::DIRECT != 0);
+            Ok((is_direct == expected).then_some(()))
+        })
+    };
+    is_told("the first announcement", true)?;
+    ip("rule add from 198.51.100.0/24 lookup 99")?;
+    is_told("a rule", false)?;
+    ip("rule del from 198.51.100.0/24 lookup 99")?;
+    is_told("no rule", true)?;
+    let ways = [1, 2].map(|last| format!("nexthop via 203.0.113.{last} dev {uplink} onlink")).join(" ");
+    ip(&format!("route add 198.51.100.0/24 {ways}"))?;
+    is_told("two ways", false)?;
+    // What is pinned says the opposite each time.
+    netlb.stop()?;
+    ip("route del 198.51.100.0/24")?;
+    netlb.restart(node)?;
+    is_told("one way again", true)?;
+    netlb.stop()?;
+    ip(&format!("route add 198.51.100.0/24 {ways}"))?;
+    netlb.restart(node)?;
+    is_told("two ways that are there already", false)?;
     Ok(())
 }
 
@@ -113,7 +155,7 @@ fn a_node_port_leads_to_backends_of_the_node_where_the_policy_says_so() -> TestR
     outside.command("ip").args(["route", "add", "198.51.100.77/32", "via", &via]).run()?.success()?;
     let server: SocketAddr = "198.51.100.77:30081".parse()?;
     let answer = || Ok(clients::curl(outside, server).ok());
-    wait_until("the new address", Duration::from_secs(10), answer)?;
+    wait_until("the new address", SOON, answer)?;
     let status = netlb.must(["status"])?;
     assert!(!status.contains("out of sync"), "{status}");
     Ok(())

@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::Duration;
 
 use netlb::config::{Forwarding, Limits, Snat};
 use netlb::datapath::kernel::testing::{Program, Site};
@@ -9,6 +11,7 @@ use netlb::model::SnatMode;
 use netlb_common::conntrack::Direction;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
+use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, SYN_ACK};
 use netlb_integration::lab::{
     self, BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, REDIRECT,
@@ -89,6 +92,47 @@ fn xdp_does_the_same() -> TestResult {
             assert_eq!(out, Outcome { verdict: XDP_REDIRECT, frame: sent }, "{case}, {round}");
         }
         assert_eq!(lab.counts(), [(Counter::FlowsCreated, 1), (Counter::SentByXdp, 4)], "{case}");
+    }
+    Ok(())
+}
+
+/// Where there is one way to each destination, new flows ask routing neither for it nor for the node's address there, also beyond a gateway.
+#[test]
+fn new_flows_follow_others_through_an_uplink() -> TestResult {
+    const TWO_TICKS: Duration = Duration::from_millis(2200);
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for flags in [0, Interface::DIRECT] {
+        for index in [CLIENTS, BACKENDS] {
+            lab.harness.set_interface(index, Interface { flags, ..UPLINK })?;
+        }
+        let is_led = flags != 0;
+        for (case, is_beyond) in [(CASES[0], false), (CASES[2], false), (CASES[0], true), (CASES[2], true)] {
+            // Another one each time: leads outlive a case.
+            let (host, gateway) = (if is_beyond { 5 } else { 3 }, case.host(2, 6));
+            let (backend, way) =
+                (case.backend(host).ip(), if is_beyond { format!(" via {gateway}") } else { String::new() });
+            let route = |line: String| Cmd::new("ip").arg("route").args(line.split(' ')).run()?.success();
+            let send = |lab: &Lab, port| lab.from_clients(case.packet(case.client(port), case.vip(80)).frame());
+            lab.begin([case.service(&[host])]);
+            route(format!("add {backend}{way} dev backends"))?;
+            let first = send(&lab, 40000);
+            assert_eq!((first.verdict, source(&first.frame).ip()), (REDIRECT, node(case)), "{case}, {flags}");
+            route(format!("del {backend}"))?;
+            route(format!("add blackhole {backend}"))?;
+            let second = send(&lab, 40001);
+            if is_led {
+                assert_eq!((second.verdict, source(&second.frame).ip()), (REDIRECT, node(case)), "{case}");
+                assert_eq!(second.frame[..12], first.frame[..12], "{case}: the same way");
+            } else {
+                assert_eq!(second.verdict, DROP, "{case}");
+            }
+            if is_led && case == CASES[2] {
+                thread::sleep(TWO_TICKS);
+                assert_eq!(send(&lab, 40002).verdict, DROP, "{case}: after two ticks");
+            }
+            route(format!("del blackhole {backend}"))?;
+        }
     }
     Ok(())
 }

@@ -74,7 +74,7 @@ impl Node {
         Lookup {
             fingerprint: self.hash_key().fingerprint(&packet.tuple),
             now: NOW,
-            candidate: Candidate { to_frontend: true, from_backend: false, is_masqueraded: false },
+            candidate: Candidate { to_frontend: true, is_masqueraded: false },
             scope: Scope::Both,
         }
     }
@@ -278,10 +278,7 @@ fn addresses_of_owned_networks_are_services_the_nodes_or_nobodys() {
     assert_eq!(of(10, 96, 0, 12), Unclaimed::Nobody);
     assert_eq!(of(10, 97, 0, 12), Unclaimed::Elsewhere);
     let candidate = |a, b, c, d| candidate(&&node, Scope::Both, v4(192, 0, 2, 1), v4(a, b, c, d));
-    assert_eq!(
-        candidate(10, 96, 0, 12),
-        Some(Candidate { to_frontend: false, from_backend: false, is_masqueraded: false })
-    );
+    assert_eq!(candidate(10, 96, 0, 12), Some(Candidate { to_frontend: false, is_masqueraded: false }));
     assert_eq!(candidate(10, 97, 0, 12), None);
 }
 

@@ -21,8 +21,11 @@ pub(crate) fn wrap<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     // The kernel forwards nothing that comes in with an address of its own.
     let mut way = maps::way(translation.hop);
     let mut outcome = Outcome::Resolved;
+    let input = frame.interface();
+    if way.interface == 0 {
+        way = forward::follow(destination, input, lookup);
+    }
     if way.interface == 0 || len > way.mtu {
-        let input = frame.interface();
         let route = forward::route_datagram(frame, len, &question(source, destination), input);
         (way, outcome) = (route.way(), route.outcome);
         forward::keep(&route, destination, input, lookup);

@@ -26,6 +26,9 @@ pub(crate) fn wrap<A: Packet>(frame: &Xdp, work: &Work<A>) -> i32 {
     let input = frame.interface();
     let mut way = maps::way(translation.hop);
     if way.interface == 0 {
+        way = forward::follow(destination, input, lookup);
+    }
+    if way.interface == 0 {
         let route = forward::route_datagram(frame, len, &question(source, destination), input);
         way = if route.outcome == Outcome::Resolved { route.way() } else { Way::NONE };
         forward::keep(&route, destination, input, lookup);

@@ -37,6 +37,7 @@ pub use self::maps::KernelMaps;
 mod clock;
 mod clsact;
 mod counts;
+mod directory;
 mod layout;
 mod links;
 mod load;

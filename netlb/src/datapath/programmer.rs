@@ -13,9 +13,9 @@
 //! The maps are all the memory there is: a new daemon reads back what the last one wrote, and goes on from there.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::BTreeSet,
     fmt,
-    hash::{BuildHasher as _, RandomState},
+    hash::BuildHasher as _,
     io,
     net::SocketAddr,
     sync::{Arc, mpsc},
@@ -23,6 +23,7 @@ use std::{
     time::Instant,
 };
 
+use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _, fast::RandomState};
 use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
     filter,
@@ -218,7 +219,7 @@ impl<M: Maps> Programmer<M> {
             configs: Table::new(sizes.configs),
             rings: Regions::new(sizes.ring_slots, RingLine::SLOTS),
             members: Regions::new(sizes.members, MemberLine::MEMBERS),
-            content: RandomState::new(),
+            content: RandomState::default(),
             owners: OwnerLists::default(),
             filter: BitCounts::default(),
             retired: Retired::default(),

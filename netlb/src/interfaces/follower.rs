@@ -7,7 +7,7 @@ use netlb_common::maps::Interface;
 use super::{
     Attached, Hooks, Status,
     facts::{Address, Facts},
-    link::{Kind, Link, Role, announcement, problem, role},
+    link::{Kind, Link, Role, Routing, announcement, problem, role},
 };
 use crate::{
     config::{Glob, Node},
@@ -21,7 +21,7 @@ pub(super) struct Follower {
     links: BTreeMap<u32, Link>,
     addresses: Vec<Address>,
     /// Whether routing asks for nothing but where a packet goes and where it came in.
-    routes_by_destination: bool,
+    routing: Routing,
     /// Those that match.
     matching: BTreeMap<u32, Matching>,
 }
@@ -57,7 +57,7 @@ impl Follower {
             hooks,
             links: BTreeMap::new(),
             addresses: Vec::new(),
-            routes_by_destination: false,
+            routing: Routing::default(),
             matching: BTreeMap::new(),
         }
     }
@@ -83,12 +83,12 @@ impl Follower {
         self.addresses = addresses;
     }
 
-    /// The rules of routing may have changed: whether they ask for nothing but where a packet goes and where it came in.
-    pub(super) fn set_routing(&mut self, by_destination: bool) {
-        if self.routes_by_destination == by_destination {
+    /// What routing goes by may have changed.
+    pub(super) fn set_routing(&mut self, routing: Routing) {
+        if self.routing == routing {
             return;
         }
-        self.routes_by_destination = by_destination;
+        self.routing = routing;
         for index in self.matching.keys().copied().collect::<Vec<_>>() {
             self.settle(index, Effort::IfChanged);
         }
@@ -174,7 +174,7 @@ impl Follower {
             }
             return;
         };
-        let announced = announcement(link, master, role, self.routes_by_destination);
+        let announced = announcement(link, master, role, self.routing);
         let before = self.matching.get(&index);
         let is_same = before
             .is_some_and(|before| before.announced == announced && matches!(before.outcome, Outcome::Attached(_)));

@@ -71,12 +71,21 @@ pub(super) fn role(node: &Node, link: &Link, master: Option<&Link>) -> Option<Ro
     }
 }
 
+/// What routing goes by beside where a packet came in, as far as the kernel tells. By default, nothing is known.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Routing {
+    /// Rules ask for destinations, and for no more.
+    pub(super) by_destination: bool,
+    /// To no destination there is more than one way.
+    pub(super) one_way: bool,
+}
+
 /// What the programs are told of an interface.
-pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role, routes_by_destination: bool) -> Interface {
+pub(super) fn announcement(link: &Link, master: Option<&Link>, role: Role, routing: Routing) -> Interface {
     // What leaves by an uplink is for a neighbour on its link, also where a virtual one ends in another namespace.
     let is_peer = role == Role::Pod && link.kind == Kind::Pair && link.peer_is_elsewhere;
     // What is beyond uplinks may be reached by several ways, of which each flow has one.
-    let is_direct = routes_by_destination && role != Role::Uplink;
+    let is_direct = routing.by_destination && (routing.one_way || role != Role::Uplink);
     let flag = |is_so, flag| if is_so { flag } else { 0 };
     Interface {
         role: role.number(),
@@ -153,17 +162,23 @@ pub(super) mod tests {
     fn the_announcement_tells_of_bridge_and_peer() {
         let bridge = Link { kind: Kind::Bridge, ..link(7, "cni0") };
         let pod = Link { kind: Kind::Pair, peer: Some(2), peer_is_elsewhere: true, ..link(9, "veth1") };
-        let interface = announcement(&pod, Some(&bridge), Role::Pod, false);
+        let unknown = Routing::default();
+        let interface = announcement(&pod, Some(&bridge), Role::Pod, unknown);
         assert_eq!((interface.role, interface.flags, interface.master), (role::POD, Interface::PEER, 7));
-        assert_eq!(announcement(&pod, None, Role::Uplink, false).flags, 0, "the next hop is not the peer");
+        assert_eq!(announcement(&pod, None, Role::Uplink, unknown).flags, 0, "the next hop is not the peer");
         let here = Link { peer_is_elsewhere: false, ..pod.clone() };
-        assert_eq!(announcement(&here, None, Role::Pod, false).flags, 0);
+        assert_eq!(announcement(&here, None, Role::Pod, unknown).flags, 0);
         let macvlan = Link { kind: Kind::Other, ..pod };
-        assert_eq!(announcement(&macvlan, None, Role::Pod, false).flags, 0, "only pairs have a peer to redirect to");
-        let direct = |role| announcement(&link(9, "veth1"), None, role, true).flags & Interface::DIRECT != 0;
-        assert!(direct(Role::Pod) && direct(Role::Bridge));
-        assert!(!direct(Role::Uplink), "there may be several ways");
-        let bonded = announcement(&here, Some(&link(3, "bond0")), Role::Uplink, false);
+        assert_eq!(announcement(&macvlan, None, Role::Pod, unknown).flags, 0, "only pairs have a peer to redirect to");
+        let direct = |role, by_destination, one_way| {
+            let routing = Routing { by_destination, one_way };
+            announcement(&link(9, "veth1"), None, role, routing).flags & Interface::DIRECT != 0
+        };
+        assert!(direct(Role::Pod, true, false) && direct(Role::Bridge, true, false));
+        assert!(!direct(Role::Uplink, true, false), "there may be several ways");
+        assert!(direct(Role::Uplink, true, true) && !direct(Role::Uplink, false, true));
+        assert!(!direct(Role::Pod, false, true), "rules may ask for more");
+        let bonded = announcement(&here, Some(&link(3, "bond0")), Role::Uplink, unknown);
         assert_eq!((bonded.role, bonded.master), (role::UPLINK, 0));
     }
 

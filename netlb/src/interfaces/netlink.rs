@@ -3,19 +3,20 @@
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use rtnetlink::{
-    Handle, IpVersion, MulticastGroup,
+    Handle, IpVersion, MulticastGroup, RouteMessageBuilder,
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
         link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+        route::{RouteAttribute, RouteMessage},
         rule::{RuleAttribute, RuleMessage},
     },
     sys::AsyncSocket as _,
@@ -24,7 +25,7 @@ use tokio::task::JoinHandle;
 
 use super::{
     facts::Address,
-    link::{Kind, Link},
+    link::{Kind, Link, Routing},
 };
 
 /// Room for news while we are busy: some thousand messages.
@@ -39,7 +40,7 @@ pub(super) enum Event {
     Readdressed,
     /// Routes, or where neighbours are.
     Rerouted,
-    /// Which routes are looked at for what.
+    /// What routing goes by: see [`Routing`].
     Ruled,
     /// There were more changes than the socket had room for.
     Lost,
@@ -52,6 +53,8 @@ pub(super) struct Netlink {
     news: BoxStream<'static, NetlinkMessage<RouteNetlinkMessage>>,
     requests: Handle,
     neighbours: Neighbours,
+    /// Whether there was a route of several ways since all of them were looked at; none before that.
+    has_several_ways: Option<bool>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -85,6 +88,7 @@ impl Netlink {
             news,
             requests,
             neighbours: Neighbours::default(),
+            has_several_ways: None,
             tasks: [tokio::spawn(listening), tokio::spawn(asking)],
         })
     }
@@ -101,6 +105,13 @@ impl Netlink {
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message)) if is_whole(&message) => {
                     return Event::Gone(message.header.index);
+                }
+                // Whether that goes away again, a look at all routes would tell, of which there may be a million.
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route))
+                    if self.has_several_ways == Some(false) && is_by_flow(&route) =>
+                {
+                    self.has_several_ways = Some(true);
+                    return Event::Ruled;
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_)) => {
                     return Event::Rerouted;
@@ -121,7 +132,10 @@ impl Netlink {
                 NetlinkPayload::InnerMessage(
                     RouteNetlinkMessage::NewAddress(message) | RouteNetlinkMessage::DelAddress(message),
                 ) if is_global(&message) => return Event::Readdressed,
-                NetlinkPayload::Overrun(_) => return Event::Lost,
+                NetlinkPayload::Overrun(_) => {
+                    self.has_several_ways = None;
+                    return Event::Lost;
+                }
                 _ => {}
             }
         }
@@ -141,8 +155,35 @@ impl Netlink {
         Ok(messages.iter().filter(|message| is_global(message)).filter_map(read_address).collect())
     }
 
-    /// Whether routing asks for nothing but where a packet goes and where it came in, as far as the kernel tells.
-    pub(super) async fn routes_by_destination(&self) -> bool {
+    /// What routing goes by. All routes are looked at once, and after that those that come.
+    pub(super) async fn routing(&mut self) -> Routing {
+        if self.has_several_ways.is_none() {
+            self.has_several_ways = self.look_for_several_ways().await;
+        }
+        Routing { by_destination: self.routes_by_destination().await, one_way: self.has_several_ways == Some(false) }
+    }
+
+    async fn look_for_several_ways(&self) -> Option<bool> {
+        let (v4, v6) = (RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build());
+        for (question, name) in [(v4, "IPv4"), (v6, "IPv6")] {
+            let mut routes = Box::pin(self.requests.route().get(question).execute());
+            loop {
+                match routes.try_next().await {
+                    Ok(Some(route)) if is_by_flow(&route) => return Some(true),
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::debug!("cannot list the routes of {name}: {error}");
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(false)
+    }
+
+    /// Whether rules ask for nothing but where a packet goes and where it came in, as far as the kernel tells.
+    async fn routes_by_destination(&self) -> bool {
         for (version, name) in [(IpVersion::V4, "IPv4"), (IpVersion::V6, "IPv6")] {
             match self.requests.rule().get(version).execute().try_collect::<Vec<_>>().await {
                 Ok(rules) if rules.iter().all(is_by_destination) => {}
@@ -194,6 +235,14 @@ fn key(message: &NeighbourMessage) -> Option<(u32, IpAddr)> {
         _ => None,
     });
     Some((message.header.ifindex, address?))
+}
+
+/// Whether a route leads different ways, or not all that goes to its destination.
+fn is_by_flow(route: &RouteMessage) -> bool {
+    let is_several = |attribute: &RouteAttribute| {
+        matches!(attribute, RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_) | RouteAttribute::Source(_))
+    };
+    route.header.source_prefix_length != 0 || route.attributes.iter().any(is_several)
 }
 
 /// Whether a rule treats all packets alike that go to one address and came in by one interface. Marks, users and sockets are none of what
@@ -365,6 +414,21 @@ mod tests {
         let mut port = message(vec![name(), LinkAttribute::Controller(5)]);
         port.header.interface_family = AddressFamily::Bridge;
         assert!(!is_whole(&port) && read(&port).is_none());
+    }
+
+    #[test]
+    fn routes_that_lead_different_ways_are_noticed() {
+        let route = |attributes: Vec<RouteAttribute>| {
+            let mut route = RouteMessage::default();
+            route.attributes = attributes;
+            is_by_flow(&route)
+        };
+        assert!(!route(vec![RouteAttribute::Oif(2), RouteAttribute::Priority(100)]));
+        assert!(route(vec![RouteAttribute::MultiPath(Vec::new())]));
+        assert!(route(vec![RouteAttribute::Oif(2), RouteAttribute::NhId(7)]), "it may be a group");
+        let mut of_a_source = RouteMessage::default();
+        of_a_source.header.source_prefix_length = 64;
+        assert!(is_by_flow(&of_a_source));
     }
 
     #[test]

@@ -139,14 +139,19 @@ fn make_packet(start: usize, end: usize) -> Option<()> {
 fn put(endpoint: &Endpoint, number: u32, start: usize, end: usize) -> Option<()> {
     /// Offsets are below this, as the verifier has to know.
     const OFFSETS: usize = 64;
-    let host = start + endpoint.host_at as usize % OFFSETS;
+    let address = start + endpoint.address_at as usize % OFFSETS;
     let port = start + endpoint.port_at as usize % OFFSETS;
-    if host + 2 > end || port + 2 > end {
+    if address + 8 > end || port + 2 > end {
         return None;
     }
+    let word = endpoint.address_end(number);
     // SAFETY: within the frame, as above.
     unsafe {
-        (host as *mut u16).write(endpoint.host(number).to_be());
+        if endpoint.word_len == 8 {
+            (address as *mut u64).write(word);
+        } else {
+            (address as *mut u32).write(word as u32);
+        }
         (port as *mut u16).write(endpoint.port(number).to_be());
     }
     Some(())

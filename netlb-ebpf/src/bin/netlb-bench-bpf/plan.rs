@@ -49,17 +49,23 @@ pub(crate) struct Memory {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Endpoint {
-    /// Offset of the address's last two bytes.
-    pub(crate) host_at: u32,
+    /// Offset of the bytes of the address that are written.
+    pub(crate) address_at: u32,
     pub(crate) port_at: u32,
     pub(crate) first_host: u32,
     pub(crate) first_port: u32,
     pub(crate) ports_log2: u32,
     /// How many hosts there are besides the first: a power of two less one. After the last comes the first again.
     pub(crate) more_hosts: u32,
+    /// Bytes of the address that are written at once, eight or four, the last of which are the host's. A program that reads all of them would
+    /// wait if they came from more than one write, as those of a packet from a device never do.
+    pub(crate) word_len: u32,
+    pub(crate) _reserved: u32,
+    /// What stands before the host's in them.
+    pub(crate) network: [u8; 8],
 }
 
-const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 24 + 4 + 16);
+const _: () = assert!(size_of::<Plan>() == HEADER_LEN + 8 + 3 * 4 + 2 * 40 + 4 + 16);
 
 impl Plan {
     /// The flow that the next packet belongs to.
@@ -88,6 +94,13 @@ impl Endpoint {
     #[inline(always)]
     pub(crate) fn host(&self, number: u32) -> u16 {
         (self.first_host + ((number >> (self.ports_log2 & 31)) & self.more_hosts)) as u16
+    }
+
+    /// The end of an address, as it stands in a packet: its last [`word_len`](Self::word_len) bytes.
+    #[inline(always)]
+    pub(crate) fn address_end(&self, number: u32) -> u64 {
+        let shift = (8 * (self.word_len - 2)) & 63;
+        u64::from_le_bytes(self.network) | (self.host(number).to_be() as u64) << shift
     }
 
     #[inline(always)]

@@ -7,12 +7,13 @@ use netlb_common::{
     addr::Addr,
     conntrack::State,
     counters::Counter,
+    directory::{self, Line},
     filter,
     fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop, Lead},
     maps::{
-        Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
-        Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
+        Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta,
+        NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
@@ -38,8 +39,6 @@ const NODE_ADDRESSES: u32 = 1024;
 const AFFINITIES: u32 = 65_536;
 /// A key of a trie begins with its length.
 const PREFIX_LEN_SIZE: u32 = 4;
-/// Room in `INTERFACES`.
-const INTERFACES: u32 = 8192;
 /// The kernel hands out the elements of a map that forgets in portions to each CPU: a smaller map would forget what is in use.
 const LEAST_SOCKETS: u32 = 1024;
 
@@ -169,7 +168,7 @@ impl Layout {
         let Sizes { services, configs, frontends, numbers, backends, owners, ring_slots, members, .. } = self.sizes;
         let Sizes { addresses, source_ranges, affinities, node_ports, .. } = self.sizes;
         vec![
-            Spec::hash::<EndpointKey, ConfigRef>("SERVICES", Hash, services),
+            Spec::array::<Line>("SERVICES", MappedArray, directory::lines(services)),
             Spec::array::<Config>("CONFIGS", MappedArray, configs),
             Spec::array::<RingLine>("RINGS", MappedArray, ring_slots / RingLine::SLOTS),
             Spec::array::<MemberLine>("MEMBERS", MappedArray, members / MemberLine::MEMBERS),
@@ -184,7 +183,7 @@ impl Layout {
             Spec::array::<Tally>("CURSORS", MappedArray, numbers),
             Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
             Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
-            Spec::hash::<u32, Interface>("INTERFACES", Hash, INTERFACES),
+            Spec::array::<Line>("INTERFACES", MappedArray, Interface::LINES),
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Lead>("LEADS", Array, hop::LEADS),
             Spec::array::<Source>("SNAT_ADDRESSES", MappedArray, snat::ADDRESSES),
@@ -285,6 +284,8 @@ pub(super) fn settings(
         },
         snat_ports: Ports { first, more: last - first },
         echo: u32::from(options.echo),
+        services_mask: directory::lines(options.limits.services) - 1,
+        pad: 0,
         owned: options.owned,
         pods: options.pods,
         masquerade: options.masquerade.0,
@@ -307,7 +308,7 @@ mod tests {
         assert_eq!(
             sizes,
             [
-                ("SERVICES", 16_384),
+                ("SERVICES", 8192),
                 ("CONFIGS", 24_640),
                 ("RINGS", 364_800),
                 ("MEMBERS", 28_672),
@@ -322,7 +323,7 @@ mod tests {
                 ("CURSORS", 24_640),
                 ("BACKEND_STATS", 131_073),
                 ("COUNTERS", 64),
-                ("INTERFACES", 8192),
+                ("INTERFACES", 4096),
                 ("HOPS", 16_384),
                 ("LEADS", 4096),
                 ("SNAT_ADDRESSES", 256),

@@ -3,10 +3,7 @@
 use std::{collections::BTreeSet, fs, io, os::fd::AsFd as _, path::Path};
 
 use anyhow::{Context as _, bail};
-use aya::{
-    Ebpf,
-    maps::{HashMap, MapData},
-};
+use aya::Ebpf;
 use netlb_common::{
     hop::{self, Hop},
     maps::{Interface, role},
@@ -14,9 +11,10 @@ use netlb_common::{
 
 use super::{
     clsact::Clsact,
+    directory::Interfaces,
     load::{Memory, Program, program_name},
     mapping::Mapping,
-    maps::{hash, io_error, mapped},
+    maps::mapped,
     pins::{Pins, ignore_missing},
     sockets,
     syscall::{self, Direction, Order, XdpMode},
@@ -29,7 +27,7 @@ use crate::{
 /// Attaches the programs.
 pub(super) struct Attacher {
     pins: Pins,
-    interfaces: HashMap<MapData, u32, Interface>,
+    interfaces: Interfaces,
     hops: Mapping<Hop>,
     ingress: Program,
     egress: Program,
@@ -64,7 +62,7 @@ impl Attacher {
         pins.create().context("cannot make directories for links")?;
         Ok(Self {
             pins,
-            interfaces: hash(memory, "INTERFACES")?,
+            interfaces: Interfaces::new(memory)?,
             hops: mapped(memory, "HOPS", hop::COUNT)?,
             ingress: Program::new(ebpf, Direction::Ingress)?,
             egress: Program::new(ebpf, Direction::Egress)?,
@@ -128,9 +126,9 @@ impl Attacher {
 
     /// Makes sure that uplinks have the XDP program, if they are to have one, and others not. Says whether it is there.
     fn link_xdp(&mut self, index: u32) -> io::Result<bool> {
-        let interface = self.interfaces.get(&index, 0).map_err(io_error)?;
+        let role = self.interfaces.get(index).map(|interface| interface.role);
         let path = self.pins.xdp_link(index);
-        let Some((program, mode)) = self.xdp.as_ref().filter(|_| interface.role == role::UPLINK) else {
+        let Some((program, mode)) = self.xdp.as_ref().filter(|_| role == Some(role::UPLINK)) else {
             return unpin(&path).map(|()| false);
         };
         match syscall::open_pin(&path) {
@@ -154,10 +152,10 @@ impl Attacher {
 
     /// Tells the programs whether XDP can send out of an interface.
     fn announce_xdp(&mut self, index: u32, has_xdp: bool) -> io::Result<()> {
-        let mut interface = self.interfaces.get(&index, 0).map_err(io_error)?;
+        let Some(mut interface) = self.interfaces.get(index) else { return Err(io::ErrorKind::NotFound.into()) };
         if (interface.flags & Interface::XDP != 0) != has_xdp {
             interface.flags ^= Interface::XDP;
-            self.interfaces.insert(index, interface, 0).map_err(io_error)?;
+            self.interfaces.set(index, interface)?;
         }
         Ok(())
     }
@@ -183,19 +181,20 @@ impl Hooks for Attacher {
                 Err(error) => tracing::warn!("cannot look for links of a netlb before this one: {error}"),
             }
         }
-        known.extend(self.interfaces.keys().filter_map(Result::ok));
+        known.extend(self.interfaces.indexes());
         known
     }
 
     fn announce(&mut self, index: u32, mut interface: Interface) -> io::Result<()> {
-        if let Ok(before) = self.interfaces.get(&index, 0) {
+        if let Some(before) = self.interfaces.get(index) {
             interface.flags |= before.flags & Interface::XDP;
         }
-        self.interfaces.insert(index, interface, 0).map_err(io_error)
+        self.interfaces.set(index, interface)
     }
 
     fn withdraw(&mut self, index: u32) -> io::Result<()> {
-        ignore_missing(self.interfaces.remove(&index).map_err(io_error))
+        self.interfaces.remove(index);
+        Ok(())
     }
 
     fn attach(&mut self, index: u32) -> io::Result<Attached> {

@@ -201,14 +201,14 @@ fn load_into(
         create_arrays(&specs, directory)?;
     }
     let mut ebpf = loader.load(options.object).map_err(explain)?;
-    let mut memory = Memory(Vec::with_capacity(specs.len()));
+    let mut memory = Memory { maps: Vec::with_capacity(specs.len()), hash_key: meta.hash_key };
     for spec in &specs {
         let map = ebpf.map(spec.name).with_context(|| format!("the BPF programs have no map {}", spec.name))?;
         let map = map_data(map).with_context(|| format!("map {} is of an unexpected kind", spec.name))?;
         if let Some(difference) = difference(spec, &map.info()?) {
             bail!("the BPF programs do not belong to this netlb: {difference}");
         }
-        memory.0.push((spec.name, map.fd().as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?));
+        memory.maps.push((spec.name, map.fd().as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")?));
     }
     if options.log != LogLevel::Off {
         logs::forward(&mut ebpf).context("cannot read the log of the BPF programs")?;
@@ -427,14 +427,17 @@ fn map_data(map: &Map) -> Option<&MapData> {
     }
 }
 
-/// The maps, to ask the kernel how much memory they take.
+/// The maps, to be opened again, or to ask the kernel how much memory they take.
 #[derive(Debug)]
-pub(super) struct Memory(Vec<(&'static str, OwnedFd)>);
+pub(super) struct Memory {
+    maps: Vec<(&'static str, OwnedFd)>,
+    hash_key: HashKey,
+}
 
 impl Memory {
     /// Bytes of each map.
     pub(super) fn by_map(&self) -> HashMap<&'static str, u64> {
-        self.0.iter().map(|(name, map)| (*name, memory_of(map))).collect()
+        self.maps.iter().map(|(name, map)| (*name, memory_of(map))).collect()
     }
 
     /// A map once more.
@@ -443,8 +446,13 @@ impl Memory {
         Ok(MapData::from_fd(map.try_clone_to_owned().context("cannot duplicate a descriptor")?)?)
     }
 
+    /// The key of the hashes in them.
+    pub(super) const fn hash_key(&self) -> HashKey {
+        self.hash_key
+    }
+
     pub(super) fn descriptor(&self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
-        let (_, map) = self.0.iter().find(|(known, _)| *known == name).with_context(|| format!("no map {name}"))?;
+        let (_, map) = self.maps.iter().find(|(known, _)| *known == name).with_context(|| format!("no map {name}"))?;
         Ok(map.as_fd())
     }
 }

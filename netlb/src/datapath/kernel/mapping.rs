@@ -11,6 +11,7 @@ use std::{
 };
 
 use netlb_common::{
+    directory::Line,
     hop::Hop,
     maps::{Backend, Config, Frontend, Tally},
     snat::Source,
@@ -38,6 +39,8 @@ unsafe impl Shared for Record {}
 unsafe impl Shared for Overflow {}
 // SAFETY: as above.
 unsafe impl Shared for Tally {}
+// SAFETY: as above.
+unsafe impl Shared for Line {}
 // SAFETY: as above.
 unsafe impl Shared for Hop {}
 // SAFETY: as above.

@@ -32,7 +32,7 @@ use netlb_common::{
     table::{Bucket, Overflow, Place, Record, Storage},
 };
 
-use super::{layout::Layout, load::Memory, mapping::Mapping, syscall::Grace};
+use super::{directory::Services, layout::Layout, load::Memory, mapping::Mapping, syscall::Grace};
 use crate::{
     datapath::{Maps, Portion, Sizes},
     dataplane::ServiceCounters,
@@ -41,7 +41,7 @@ use crate::{
 /// The maps of the loaded programs.
 pub struct KernelMaps {
     sizes: Sizes,
-    services: HashMap<MapData, EndpointKey, ConfigRef>,
+    services: Services,
     owners: HashMap<MapData, EndpointKey, Owners>,
     /// The same map.
     owners_fd: OwnedFd,
@@ -130,7 +130,7 @@ impl KernelMaps {
         let sizes = layout.sizes;
         Ok(Self {
             sizes,
-            services: hash(memory, "SERVICES")?,
+            services: Services::new(memory)?,
             owners: hash(memory, "OWNERS")?,
             owners_fd: memory.descriptor("OWNERS")?.try_clone_to_owned()?,
             addresses: hash(memory, "ADDRESSES")?,
@@ -178,21 +178,24 @@ impl Maps for KernelMaps {
     }
 
     fn service(&self, key: &EndpointKey) -> Option<ConfigRef> {
-        self.services.get(key, 0).ok()
+        self.services.get(key)
     }
 
     fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>> {
-        self.services.iter().collect::<Result<_, _>>().map_err(io_error)
+        let entry = |reference: ConfigRef| {
+            let config = self.configs.read(reference.index());
+            (config.generation == reference.generation()).then_some((config.key, reference))
+        };
+        Ok(self.services.all().filter_map(entry).collect())
     }
 
     fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()> {
-        // Whatever stands behind it is written.
-        fence(Ordering::SeqCst);
-        self.services.insert(key, value, 0).map_err(io_error)
+        self.services.set(key, value)
     }
 
     fn remove_service(&mut self, key: &EndpointKey) -> io::Result<()> {
-        super::pins::ignore_missing(self.services.remove(key).map_err(io_error))
+        self.services.remove(key);
+        Ok(())
     }
 
     fn config(&self, index: u32) -> Config {

@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     os::fd::{AsFd as _, BorrowedFd},
+    path::Path,
 };
 
 use anyhow::Context as _;
@@ -24,9 +25,11 @@ use netlb_common::{
 
 use super::{
     counts::Counts,
+    directory::Interfaces,
     layout,
     load::{self, Options},
     maps::{KernelMaps, hash, io_error},
+    pins::Pins,
     syscall::Direction,
 };
 use crate::{
@@ -38,6 +41,12 @@ use crate::{
 #[must_use]
 pub fn flow_buckets(flows: u32) -> u32 {
     1 << layout::flow_buckets_log2(flows)
+}
+
+/// What the programs of a netlb that pins its maps there are told of an interface.
+pub fn announced(bpffs: &Path, index: u32) -> anyhow::Result<Option<Interface>> {
+    let map = MapData::from_pin(Pins::new(bpffs).maps().join("INTERFACES"))?;
+    Ok(Interfaces::of(&map)?.get(index))
 }
 
 /// One of the programs.
@@ -67,7 +76,7 @@ impl Program {
 pub struct Harness {
     ebpf: Ebpf,
     programmer: Programmer<KernelMaps>,
-    interfaces: HashMap<MapData, u32, Interface>,
+    interfaces: Interfaces,
     counts: Counts,
     addresses: HashMap<MapData, Addr, u32>,
     ranges: LpmTrie<MapData, RangeKey, u32>,
@@ -143,7 +152,7 @@ impl Harness {
         let loaded = load::load_unpinned(&options)?;
         Ok(Self {
             programmer: Programmer::new(loaded.maps, site.masquerade.0.len > 0)?,
-            interfaces: hash(&loaded.memory, "INTERFACES")?,
+            interfaces: Interfaces::new(&loaded.memory)?,
             counts: Counts::new(&loaded.memory)?,
             addresses: hash(&loaded.memory, "ADDRESSES")?,
             ranges: LpmTrie::try_from(Map::LpmTrie(loaded.memory.map("SOURCE_RANGES")?))?,
@@ -250,7 +259,7 @@ impl Harness {
     }
 
     pub fn set_interface(&mut self, index: u32, interface: Interface) -> io::Result<()> {
-        self.interfaces.insert(index, interface, 0).map_err(io_error)
+        self.interfaces.set(index, interface)
     }
 
     /// The record in force for an address, port and protocol.

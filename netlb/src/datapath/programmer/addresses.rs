@@ -1,7 +1,6 @@
 //! What is known of addresses and of clients: the maps `ADDRESSES`, `SOURCE_RANGES` and `AFFINITY`.
 
-use std::collections::{HashMap, HashSet};
-
+use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use netlb_common::filter::Kind;
 use netlb_common::maps::{Affinity, AffinityKey, RangeKey, address};

@@ -5,7 +5,9 @@
 //!
 //! [`Config`]: netlb_common::maps::Config
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+
+use foldhash::{HashMap, HashMapExt as _};
 
 /// Parts of an array, in entries. The smallest hole that is large enough is taken.
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 //! What several numbers share, and how many do: bits of the address filter, entries of `OWNERS`.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::hash_map::Entry;
 
+use foldhash::HashMap;
 use netlb_common::maps::{EndpointKey, Owners};
 
 /// How many addresses each set bit of the filter stands for.

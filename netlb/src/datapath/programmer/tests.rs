@@ -1,4 +1,8 @@
-use std::{collections::BTreeMap, net::IpAddr, time::SystemTime};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    time::SystemTime,
+};
 
 use netlb_common::maps::{Backend, NodePortKey, RangeKey, family};
 use proptest::prelude::*;

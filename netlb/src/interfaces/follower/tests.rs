@@ -229,13 +229,16 @@ fn the_programs_are_told_when_rules_of_routing_come_and_go() {
     let is_direct = |index| kernel.announced(index).unwrap().flags & Interface::DIRECT != 0;
     follower.replace(vec![link(2, "eth0"), link(9, "veth1")]);
     assert!(!is_direct(9), "nobody has looked yet");
-    follower.set_routing(true);
+    let by_destination = Routing { by_destination: true, one_way: false };
+    follower.set_routing(by_destination);
     assert!(is_direct(9) && !is_direct(2));
     follower.change(link(10, "veth2"));
     assert!(is_direct(10));
     kernel.log();
-    follower.set_routing(true);
+    follower.set_routing(by_destination);
     assert!(kernel.log().is_empty());
-    follower.set_routing(false);
+    follower.set_routing(Routing { one_way: true, ..by_destination });
+    assert!(is_direct(9) && is_direct(2));
+    follower.set_routing(Routing::default());
     assert!(!is_direct(9) && !is_direct(10));
 }

@@ -21,13 +21,13 @@ use anyhow::Context as _;
 use aya::maps::{Array, HashMap, Map, MapData};
 use netlb_common::{
     addr::{Addr, PortBe},
-    maps::{Backend, Config, ConfigRef, Counterpart, EndpointKey, SocketKey},
+    maps::{Backend, Config, Counterpart, EndpointKey, SocketKey},
     wire::udp,
 };
 use nix::sched::{CloneFlags, setns};
 
 use super::{
-    super::load::Memory,
+    super::{directory::Services, load::Memory},
     diag::{Connected, Diag},
 };
 use crate::config::SocketScope;
@@ -152,7 +152,7 @@ fn look_here(records: &Records) -> anyhow::Result<()> {
 struct Records {
     sockets: HashMap<MapData, SocketKey, Counterpart>,
     backends: Array<MapData, Backend>,
-    services: HashMap<MapData, EndpointKey, ConfigRef>,
+    services: Services,
     configs: Array<MapData, Config>,
 }
 
@@ -161,7 +161,7 @@ impl Records {
         Ok(Self {
             sockets: Map::LruHashMap(memory.map("SOCKETS")?).try_into()?,
             backends: Map::Array(memory.map("BACKENDS")?).try_into()?,
-            services: Map::HashMap(memory.map("SERVICES")?).try_into()?,
+            services: Services::new(memory)?,
             configs: Map::Array(memory.map("CONFIGS")?).try_into()?,
         })
     }
@@ -177,7 +177,7 @@ impl Records {
     /// The record in force for a frontend.
     fn config(&self, frontend: &Counterpart) -> Option<Config> {
         let key = EndpointKey::new(frontend.addr, frontend.port, udp::PROTOCOL);
-        let reference = self.services.get(&key, 0).ok()?;
+        let reference = self.services.get(&key)?;
         let config = self.configs.get(&reference.index(), 0).ok()?;
         (config.generation == reference.generation() && config.key == key).then_some(config)
     }

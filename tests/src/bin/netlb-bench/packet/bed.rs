@@ -30,9 +30,8 @@ impl Scene {
     /// Roles of the interfaces of clients and backends. From XDP packets leave by both.
     fn interfaces(self) -> [(u32, Interface); 2] {
         let role = |role| {
-            // As they are announced where routing has no rules.
-            let direct = if role == role::POD { Interface::DIRECT } else { 0 };
-            Interface { role, flags: Interface::XDP | direct, pad: 0, master: 0 }
+            // As they are announced where routing has no rules, and one way to each destination.
+            Interface { role, flags: Interface::XDP | Interface::DIRECT, pad: 0, master: 0 }
         };
         let clients = if self == Self::Pods { role::POD } else { role::UPLINK };
         let backends = if matches!(self, Self::Uplink | Self::Wrapped) { role::UPLINK } else { role::POD };

@@ -442,17 +442,28 @@ fn nth(first: SocketAddr, ports_log2: u32, number: u32) -> SocketAddr {
 }
 
 fn endpoint(first: SocketAddr, ports_log2: u32, more_hosts: u32, (host_at, port_at): (u32, u32)) -> Endpoint {
-    let first_host = u16::from_be_bytes(match first.ip() {
-        IpAddr::V4(ip) => [ip.octets()[2], ip.octets()[3]],
-        IpAddr::V6(ip) => [ip.octets()[14], ip.octets()[15]],
-    });
+    let mut network = [0; 8];
+    let (word_len, first_host) = match first.ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            network[..2].copy_from_slice(&[a, b]);
+            (4, [c, d])
+        }
+        IpAddr::V6(ip) => {
+            network[..6].copy_from_slice(&ip.octets()[8..14]);
+            (8, [ip.octets()[14], ip.octets()[15]])
+        }
+    };
     Endpoint {
-        host_at,
+        address_at: (host_at + 2).saturating_sub(word_len),
         port_at,
-        first_host: first_host.into(),
+        first_host: u16::from_be_bytes(first_host).into(),
         first_port: first.port().into(),
         ports_log2,
         more_hosts,
+        word_len,
+        _reserved: 0,
+        network,
     }
 }
 
@@ -500,10 +511,10 @@ mod tests {
         let flow = plan.next_flow();
         let mut frame = packets.frame;
         for (endpoint, number) in [(plan.client, flow), (plan.service, plan.service_of(flow))] {
-            for (at, value) in [(endpoint.host_at, endpoint.host(number)), (endpoint.port_at, endpoint.port(number))] {
-                let at = at as usize;
-                frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
-            }
+            let (at, len) = (endpoint.address_at as usize, endpoint.word_len as usize);
+            frame[at..at + len].copy_from_slice(&endpoint.address_end(number).to_le_bytes()[..len]);
+            let at = endpoint.port_at as usize;
+            frame[at..at + 2].copy_from_slice(&endpoint.port(number).to_be_bytes());
         }
         frame
     }
