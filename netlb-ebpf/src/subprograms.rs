@@ -36,13 +36,26 @@ macro_rules! subprogram {
     )+};
 }
 
+/// What a subprogram was given: nothing, or what can be read; the verifier sees to it.
+#[inline(always)]
+fn given<'a, T>(pointer: *const T) -> Option<&'a T> {
+    // SAFETY: null or readable, of this CPU alone.
+    unsafe { pointer.as_ref() }
+}
+
+/// The same of what can be written.
+#[inline(always)]
+fn given_mut<'a, T>(pointer: *mut T) -> Option<&'a mut T> {
+    // SAFETY: null or writable, of this CPU alone.
+    unsafe { pointer.as_mut() }
+}
+
 /// No [`Place`].
 const NOWHERE: u64 = u64::MAX;
 
 subprogram! {
-    // SAFETY, of all that get a `New`: null or readable; the verifier sees to it.
     fn flow_scan(index: u32, new: *const New) -> u64 {
-        unsafe { new.as_ref() }.map_or(Scan::FULL, |new| table::scan(&Kernel, index, new)).0
+        given(new).map_or(Scan::FULL, |new| table::scan(&Kernel, index, new)).0
     }
 
     fn count_event(counter: u32) -> u32 {
@@ -59,18 +72,18 @@ subprogram! {
     }
 
     fn flow_insert(new: *const New) -> u64 {
-        unsafe { new.as_ref() }.map_or(Inserted::FULL, maps::insert).0
+        given(new).map_or(Inserted::FULL, maps::insert).0
     }
 
     fn flow_recount(place: u32, old: u64, new: *const New) -> u32 {
-        if let Some(new) = unsafe { new.as_ref() } {
+        if let Some(new) = given(new) {
             table::recount(&Kernel, Place(place), Data(old), new);
         }
         0
     }
 
     fn flow_settle(new: *const New, mine: u32) -> u64 {
-        unsafe { new.as_ref() }.map_or(Data::NONE, |new| table::settle(&Kernel, new, Place(mine))).0
+        given(new).map_or(Data::NONE, |new| table::settle(&Kernel, new, Place(mine))).0
     }
 
     fn flow_locate(fingerprint: u64, now: u32) -> u64 {
@@ -320,15 +333,14 @@ pub(crate) trait Join<A> {
 
 macro_rules! join {
     ($family:ty, $join:ident, $masquerade:ident) => {
-        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $join(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
                 fragment::join(&Skb::new(skb), work) as u32
             }
 
             fn $masquerade(skb: *mut __sk_buff, work: *mut Work<$family>) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
                 pipeline::masquerade(&Skb::new(skb), work) as u32
             }
         }
@@ -365,16 +377,15 @@ impl<A> Join<A> for Xdp {
 
 macro_rules! parts {
     ($family:ty, $select:ident, $remember:ident, $unclaimed:ident, $answer:ident, $echo:ident, $lost_reply:ident, $tend:ident, $restore:ident, $read_error:ident, $understand_error:ident, $send_error:ident, $read_ping:ident, $look_up_ping:ident, $send_ping:ident, $wrap_error:ident, $read_relayed:ident, $relay:ident, $read_wrapped:ident, $unwrap:ident, $claim:ident, $leads_on:ident, $backend_at:ident, $adopt:ident) => {
-        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $select(work: *const Work<$family>, interface: u32) -> u64 {
-                let Some(work) = (unsafe { work.as_ref() }) else { return Selection::NONE.0 };
+                let Some(work) = given(work) else { return Selection::NONE.0 };
                 let is_outside = || pipeline::is_from_outside(interface, work.packet.tuple.source);
                 balance::select(Kernel, &work.packet, &work.lookup, is_outside).0
             }
 
             fn $remember(work: *const Work<$family>) -> u32 {
-                let Some(work) = (unsafe { work.as_ref() }) else { return 0 };
+                let Some(work) = given(work) else { return 0 };
                 if work.translation.is_new {
                     balance::remember(Kernel, &work.packet, &work.lookup, work.translation.service);
                 }
@@ -382,7 +393,7 @@ macro_rules! parts {
             }
 
             fn $unclaimed(work: *const Work<$family>) -> u32 {
-                unsafe { work.as_ref() }.map_or(Verdict::Pass, |work| pipeline::unclaimed(&work.packet)) as u32
+                given(work).map_or(Verdict::Pass, |work| pipeline::unclaimed(&work.packet)) as u32
             }
 
             fn $answer(skb: *mut __sk_buff, why: i32) -> i32 {
@@ -390,6 +401,7 @@ macro_rules! parts {
                     return $echo(skb);
                 }
                 let Some(work) = maps::work::<$family>() else { return Skb::DROP };
+                // SAFETY: within this CPU's place, and written where `why` comes from.
                 answer::answer(&Skb::new(skb), unsafe { &(*work).packet }, (why - tc::REJECT) as u32)
             }
 
@@ -398,46 +410,46 @@ macro_rules! parts {
             }
 
             fn $lost_reply(work: *mut Work<$family>) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
                 balance::lost_reply(Kernel, &work.packet, &work.lookup, &mut work.translation) as u32
             }
 
             fn $tend(work: *const Work<$family>) -> u32 {
-                let Some(work) = (unsafe { work.as_ref() }) else { return 0 };
+                let Some(work) = given(work) else { return 0 };
                 balance::tend(Kernel, &work.packet, &work.lookup, &work.translation);
                 0
             }
 
             fn $restore(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
+                given(work).map_or(Skb::DROP, |work| tc::restore(&Skb::new(skb), work))
             }
 
             fn $read_error(skb: *mut __sk_buff, errand: *mut Errand<$family>, scope: u32) -> u32 {
-                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::read(&Skb::new(skb), errand, self::scope(scope))) as u32
+                given_mut(errand).is_some_and(|errand| icmp::read(&Skb::new(skb), errand, self::scope(scope))) as u32
             }
 
             fn $understand_error(errand: *mut Errand<$family>, scope: u32) -> u32 {
-                unsafe { errand.as_mut() }.is_some_and(|errand| icmp::understand(errand, self::scope(scope))) as u32
+                given_mut(errand).is_some_and(|errand| icmp::understand(errand, self::scope(scope))) as u32
             }
 
             fn $send_error(skb: *mut __sk_buff, errand: *const Errand<$family>, scope: u32) -> i32 {
-                unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| icmp::send(&Skb::new(skb), errand, self::scope(scope)))
+                given(errand).map_or(Skb::PASS, |errand| icmp::send(&Skb::new(skb), errand, self::scope(scope)))
             }
 
             fn $read_ping(skb: *mut __sk_buff, work: *mut Work<$family>, scope: u32) -> u32 {
-                unsafe { work.as_mut() }.is_some_and(|work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
+                given_mut(work).is_some_and(|work| ping::read(&Skb::new(skb), work, self::scope(scope))) as u32
             }
 
             fn $look_up_ping(work: *mut Work<$family>) -> u32 {
-                unsafe { work.as_mut() }.map_or(Known::Elsewhere, ping::look_up) as u32
+                given_mut(work).map_or(Known::Elsewhere, ping::look_up) as u32
             }
 
             fn $send_ping(skb: *mut __sk_buff, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or(Skb::DROP, |work| ping::send(&Skb::new(skb), work))
+                given(work).map_or(Skb::DROP, |work| ping::send(&Skb::new(skb), work))
             }
 
             fn $wrap_error(skb: *mut __sk_buff, errand: *const Errand<$family>) -> i32 {
-                unsafe { errand.as_ref() }.map_or(Skb::PASS, |errand| tunnel::wrap_error(&Skb::new(skb), errand))
+                given(errand).map_or(Skb::PASS, |errand| tunnel::wrap_error(&Skb::new(skb), errand))
             }
 
             fn $read_relayed(skb: *mut __sk_buff) -> u32 {
@@ -457,7 +469,7 @@ macro_rules! parts {
             }
 
             fn $claim(work: *mut Work<$family>, a: u64, b: u64) -> u32 {
-                unsafe { work.as_mut() }.map_or(Known::Elsewhere, |work| tunnel::claim(work, Addr([a, b]))) as u32
+                given_mut(work).map_or(Known::Elsewhere, |work| tunnel::claim(work, Addr([a, b]))) as u32
             }
 
             fn $leads_on(skb: *mut __sk_buff) -> u32 {
@@ -465,12 +477,12 @@ macro_rules! parts {
             }
 
             fn $backend_at(work: *const Work<$family>, a: u64, b: u64) -> u64 {
-                let Some(work) = (unsafe { work.as_ref() }) else { return At::NO_SERVICE.0 };
+                let Some(work) = given(work) else { return At::NO_SERVICE.0 };
                 balance::backend_at(Kernel, &work.packet, |config, member| dsr_member_at(config, member, a, b)).0
             }
 
             fn $adopt(work: *mut Work<$family>, at: u64) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
                 balance::adopt(Kernel, &work.packet, &work.lookup, At(at), &mut work.translation) as u32
             }
         }
@@ -644,10 +656,9 @@ parts!(
 
 macro_rules! hook {
     ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
-        // SAFETY, of all: null or this CPU's work; the verifier sees to it.
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
-                let Some(work) = (unsafe { work.as_mut() }) else { return Verdict::Drop as u32 };
+                let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
                 pipeline::place(&$frame::new(context), work, Selection(selection)) as u32
             }
 
@@ -656,12 +667,12 @@ macro_rules! hook {
             }
 
             fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, now: u32, backend: u32, flags: u32) -> u32 {
-                let (Some(packet), Some(backend)) = (unsafe { packet.as_ref() }, Kernel.backend(backend)) else { return 0 };
+                let (Some(packet), Some(backend)) = (given(packet), Kernel.backend(backend)) else { return 0 };
                 pipeline::needs_snat(&$frame::new(context), packet, Ticks(now), backend, flags)
             }
 
             fn $source(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, needs: u32) -> u32 {
-                let Some(now) = (unsafe { lookup.as_ref() }).map(|lookup| lookup.now.0) else { return Snat::NO_ADDRESS.0 };
+                let Some(now) = given(lookup).map(|lookup| lookup.now.0) else { return Snat::NO_ADDRESS.0 };
                 let addresses = maps::pool_len::<$family>().max(1);
                 let mut snat = Snat::NO_ADDRESS;
                 for n in 0..Pool::MAX as u32 {
@@ -679,7 +690,7 @@ macro_rules! hook {
             }
 
             fn $address(context: *mut $context, packet: *const Parsed<$family>, now: u32, backend: u32, n: u32) -> u32 {
-                let Some(packet) = (unsafe { packet.as_ref() }) else { return 0 };
+                let Some(packet) = given(packet) else { return 0 };
                 pipeline::address(&$frame::new(context), packet, Ticks(now), backend, n)
             }
 
@@ -690,16 +701,16 @@ macro_rules! hook {
             }
 
             fn $attempt(context: *mut $context, packet: *const Parsed<$family>, lookup: *const Lookup, backend: u32, number: u32) -> u32 {
-                let (Some(packet), Some(lookup)) = (unsafe { packet.as_ref() }, unsafe { lookup.as_ref() }) else { return 0 };
+                let (Some(packet), Some(lookup)) = (given(packet), given(lookup)) else { return 0 };
                 pipeline::attempt(&$frame::new(context), packet, lookup, backend, number).0
             }
 
             fn $dispatch(context: *mut $context, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or($frame::DROP, |work| $hook::dispatch(&$frame::new(context), work))
+                given(work).map_or($frame::DROP, |work| $hook::dispatch(&$frame::new(context), work))
             }
 
             fn $wrap(context: *mut $context, work: *const Work<$family>) -> i32 {
-                unsafe { work.as_ref() }.map_or($frame::DROP, |work| tunnel::$hook::wrap(&$frame::new(context), work))
+                given(work).map_or($frame::DROP, |work| tunnel::$hook::wrap(&$frame::new(context), work))
             }
         }
 
