@@ -10,7 +10,7 @@ use crate::{
     filter::{self, Kind},
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
     maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, address},
-    opaque::any,
+    opaque::{any, rolled},
     snat::{self, Ports, Snat},
     table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
     time::Ticks,
@@ -45,7 +45,8 @@ pub trait Tables: Operations {
     /// The index of an address that flows were given, or 0.
     fn source_index(&self, addr: Addr) -> u32;
     fn snat_ports(&self) -> Ports;
-    fn owners(&self, key: &EndpointKey) -> Option<&Owners>;
+    /// An entry of `OWNERS`; 0 if there is none.
+    fn owners(&self, key: u64) -> u64;
     /// Whether clients with an address are let in by a service that has ranges.
     fn is_in_range(&self, service: u32, client: Addr) -> bool;
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
@@ -843,17 +844,23 @@ pub fn lost_reply<A: Family, T: Tables>(
     }
     let tuple = &packet.tuple;
     let key = EndpointKey::new(tuple.source.to_map(), tuple.source_port, tuple.protocol);
-    let Some(owners) = tables.owners(&key) else {
+    let first = tables.hash_key().endpoint(&key);
+    let mut owners = tables.owners(first);
+    if owners == 0 {
         tables.note_stranger(lookup.fingerprint, now);
         return Verdict::Pass;
-    };
+    }
     // Whose it is cannot be told from the reply; the node would refuse it, and the backend give up. The next packet of the client brings
     // the slot back.
     if tables.snat_ports().has(tuple.destination_port) && tables.source_index(tuple.destination.to_map()) != 0 {
         tables.count(Counter::SnatLost);
         return Verdict::Drop;
     }
-    for id in owners.0 {
+    for n in 0..rolled(Owners::MAX) as u32 {
+        if n > 0 {
+            owners = if n % 2 == 0 { tables.owners(Owners::key(first, n / 2)) } else { owners >> 32 };
+        }
+        let id = owners as u32;
         if id == 0 {
             break;
         }

@@ -1,6 +1,6 @@
 //! The counters of the packet path: what became of packets, and events of the flow table.
 //!
-//! One per-CPU array holds them; a counter's number is its index there, and its name is what people and metrics see.
+//! A CPU's are an element of a map; a counter's number is its index there, and its name is what people and metrics see.
 
 /// Declares the counters in order, with the text that explains each to an operator.
 macro_rules! counters {
@@ -72,9 +72,11 @@ counters! {
     DsrErrorLost "dsr_error_lost" "ICMP errors about wrapped packets passed untouched because they quote too little of what was wrapped, or what is of no flow",
 }
 
-impl Counter {
-    pub const COUNT: usize = Self::ALL.len();
+/// Room for a CPU's counters. More than there are, so that a new counter is no reason for new maps.
+pub const ROOM: usize = 64;
+const _: () = assert!(Counter::ALL.len() <= ROOM && ROOM.is_power_of_two());
 
+impl Counter {
     /// Whether it counts each packet of a flow, or each flow: what a call would cost, there it would show.
     #[inline(always)]
     #[must_use]

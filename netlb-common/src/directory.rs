@@ -7,6 +7,8 @@
 //! One writer. It writes a value before the key that stands for it, and an entry that is taken away may be another's a moment later: who
 //! reads it meanwhile sees the value of either, and where that is not harmless the value must tell.
 
+use core::mem;
+
 use crate::{atomic::Word, opaque::rolled};
 
 /// Entries of a line.
@@ -118,12 +120,13 @@ pub fn beyond<L: Lines + ?Sized>(lines: &L, key: u64) -> u64 {
 
 /// Gives a key a value, and says whether there was room.
 pub fn set<L: Lines + ?Sized>(lines: &L, key: u64, value: u64) -> bool {
-    let all = || way(lines, key, 0).filter_map(|index| lines.line(index));
-    if let Some(entry) = all().find_map(|line| line.find(key)) {
+    if let Some(entry) = reach(lines, key).find_map(|line| line.find(key)) {
         entry.value.store(value);
         return true;
     }
-    let Some(entry) = all().find_map(|line| line.find(GONE).or_else(|| line.find(EMPTY))) else { return false };
+    let Some(entry) = reach(lines, key).find_map(|line| line.find(GONE).or_else(|| line.find(EMPTY))) else {
+        return false;
+    };
     entry.value.store(value);
     entry.key.store(key);
     true
@@ -131,10 +134,7 @@ pub fn set<L: Lines + ?Sized>(lines: &L, key: u64, value: u64) -> bool {
 
 /// Takes a key away.
 pub fn remove<L: Lines + ?Sized>(lines: &L, key: u64) {
-    let found = way(lines, key, 0).position(|index| {
-        let entry = lines.line(index).and_then(|line| line.find(key));
-        entry.inspect(|entry| entry.key.store(GONE)).is_some()
-    });
+    let found = reach(lines, key).position(|line| line.find(key).inspect(|entry| entry.key.store(GONE)).is_some());
     // Those that it was beyond may have been kept full by it alone.
     for index in way(lines, key, 0).take(found.map_or(0, |found| found + 1)) {
         if let Some(line) = lines.line(index)
@@ -149,6 +149,14 @@ pub fn remove<L: Lines + ?Sized>(lines: &L, key: u64) {
 pub fn entries<L: Lines + ?Sized>(lines: &L) -> impl Iterator<Item = (u64, u64)> {
     let all = (0..=lines.mask()).filter_map(|index| lines.line(index)).flat_map(|line| &line.entries);
     all.map(|entry| (entry.key.load(), entry.value.load())).filter(|(key, _)| key & KEY != 0)
+}
+
+/// The lines in which a key may stand: up to the first that is not full.
+fn reach<L: Lines + ?Sized>(lines: &L, key: u64) -> impl Iterator<Item = &Line> {
+    let mut is_over = false;
+    way(lines, key, 0)
+        .map_while(|index| lines.line(index))
+        .take_while(move |line| !mem::replace(&mut is_over, !line.is_full()))
 }
 
 /// The lines in which a key is looked for, from the `first` on.

@@ -14,8 +14,7 @@ use crate::{
     time::{Jiffies, Ticks},
 };
 
-/// What entries of `SERVICES` are for, which are found by [a hash](HashKey::endpoint) of it, and the key of `OWNERS`: an address, a port and a
-/// protocol.
+/// What entries of `SERVICES` and `OWNERS` are for, which are found by [a hash](HashKey::endpoint) of it: an address, a port and a protocol.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 #[repr(C)]
 pub struct EndpointKey {
@@ -183,14 +182,37 @@ pub struct Frontend {
     pub pad2: u64,
 }
 
-/// Value of `OWNERS`: the frontends whose flows a backend's replies may belong to. Zero ends the list.
+/// The frontends whose flows a backend's replies may belong to. Zero ends the list. Two of them at a time are a value in `OWNERS`, which is a
+/// [directory](crate::directory).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[repr(C)]
 pub struct Owners(pub [u32; Owners::MAX]);
 
 impl Owners {
     /// Frontends of one backend that a lost reply entry is looked for among.
     pub const MAX: usize = 8;
+    /// Pairs of a list.
+    pub const PAIRS: u32 = Self::MAX as u32 / 2;
+
+    /// The key of a pair, for that of the first: all begin at the same line.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key(first: u64, pair: u32) -> u64 {
+        first ^ (pair as u64) << 32
+    }
+
+    /// The pairs as they are written, up to the list's end.
+    pub fn pairs(&self) -> impl Iterator<Item = u64> {
+        self.0.chunks(2).map(|pair| pair[0] as u64 | (pair[1] as u64) << 32).take_while(|pair| *pair != 0)
+    }
+
+    /// The list of some pairs.
+    pub fn of_pairs(pairs: impl IntoIterator<Item = u64>) -> Self {
+        let mut owners = Self::default();
+        for (pair, value) in owners.0.chunks_mut(2).zip(pairs) {
+            pair.copy_from_slice(&[value as u32, (value >> 32) as u32]);
+        }
+        owners
+    }
 }
 
 /// What a key of `SOURCE_RANGES` is a prefix of: a service, and the address of a client of it.
@@ -308,7 +330,7 @@ pub mod family {
     pub const V6: u32 = 2;
 }
 
-/// Element of `SERVICE_STATS`, per CPU.
+/// Element of `SERVICE_STATS`: what a CPU counted for a service. Those of a CPU lie side by side, [so many](Settings::stats_stride) of them.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[repr(C)]
 pub struct ServiceStats {
@@ -441,6 +463,10 @@ pub struct Settings {
     pub echo: u32,
     /// Lines of `SERVICES`, less one.
     pub services_mask: u32,
+    /// Lines of `OWNERS`, less one.
+    pub owners_mask: u32,
+    /// Elements of `SERVICE_STATS` for each CPU.
+    pub stats_stride: u32,
     pub pad: u32,
     /// Addresses that are services' or nobody's.
     pub owned: Networks,
@@ -493,14 +519,13 @@ const _: () = {
     assert!(size_of::<MemberLine>() == 64);
     assert!(size_of::<Backend>() == 64);
     assert!(size_of::<Frontend>() == 32);
-    assert!(size_of::<Owners>() == 32);
     assert!(size_of::<ServiceStats>() == 40);
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<Counterpart>() == 24);
     assert!(size_of::<SocketSettings>() == 24);
     assert!(size_of::<Meta>() == 48);
-    assert!(size_of::<Settings>() == 144 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
+    assert!(size_of::<Settings>() == 152 + 5 * size_of::<Networks>() + 2 * size_of::<Pool>());
     assert!(size_of::<RangeKey>() == 20);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<NodePortKey>() == 4);
@@ -523,7 +548,6 @@ mod pod {
         ConfigRef,
         Config,
         Backend,
-        Owners,
         RangeKey,
         AffinityKey,
         Affinity,

@@ -15,7 +15,7 @@ use crate::{
     conntrack::State,
     counters::Counter,
     flow::{Fingerprint, HashKey},
-    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend},
     snat::Ports,
     table::{Bucket, Data, Operations, Overflow, Place, Record, SLOTS, Slot, Storage, is_live},
     time::Ticks,
@@ -217,8 +217,8 @@ impl Tables for &Maps {
         Ports { first: 61_000, more: 4535 }
     }
 
-    fn owners(&self, _: &EndpointKey) -> Option<&Owners> {
-        None
+    fn owners(&self, _: u64) -> u64 {
+        0
     }
 
     fn is_in_range(&self, service: u32, client: Addr) -> bool {

@@ -5,7 +5,7 @@ use core::ptr::{self, addr_of};
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
-    helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns},
+    helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
 use netlb_common::{
@@ -13,7 +13,7 @@ use netlb_common::{
     atomic::Word,
     balance::{Lookup, Tables, Translation},
     conntrack::State,
-    counters::Counter,
+    counters::{self, Counter},
     directory::{self, Line, Lines},
     flow::{Family, Fingerprint, HashKey, Parsed},
     fragment::{self, First, HeldFrame, Region},
@@ -22,7 +22,7 @@ use netlb_common::{
     limit::Limit,
     maps::{
         Affinity, AffinityKey, Backend, Config, ConfigRef, Counterpart, EndpointKey, Frontend, Interface, MemberLine,
-        Meta, NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
+        Meta, NodePortKey, RangeKey, RingLine, ServiceStats, Settings, SocketKey, SocketSettings, Tally,
     },
     network::{Network, Networks},
     relay::Told,
@@ -53,7 +53,7 @@ static BACKENDS: Array<Backend, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static FRONTENDS: Array<Frontend, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static OWNERS: HashMap<EndpointKey, Owners, 1, NO_PREALLOC> = HashMap::new();
+static OWNERS: Array<Line, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static FILTER: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -63,13 +63,13 @@ static FLOW_RECORDS: Array<Record, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static FLOW_OVERFLOWS: Array<Overflow, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static SERVICE_STATS: PerCpuArray<ServiceStats, 1> = PerCpuArray::new();
+static SERVICE_STATS: Array<ServiceStats, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKEND_STATS: Array<Tally, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CURSORS: Array<Tally, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
+static COUNTERS: PerCpuArray<[u64; counters::ROOM], 1> = PerCpuArray::new();
 #[btf_map]
 static INTERFACES: Array<Line, { Interface::LINES as usize }, MMAPABLE> = Array::new();
 #[btf_map]
@@ -254,6 +254,8 @@ static SETTINGS: Constant<Settings> = Constant(Settings {
     snat_ports: Ports { first: 0, more: 0 },
     echo: 0,
     services_mask: 0,
+    owners_mask: 0,
+    stats_stride: 0,
     pad: 0,
     owned: Networks::NONE,
     pods: Networks::NONE,
@@ -500,10 +502,18 @@ pub(crate) fn held_frame(datagram: Fingerprint, place: usize) -> Option<*mut Hel
     HELD_FRAMES.get_ptr_mut(Region::of(datagram) * Region::PLACES + place as u32)
 }
 
+/// This CPU's counters of a service.
+#[inline(always)]
+fn service_stats(service: u32) -> Option<*mut ServiceStats> {
+    // SAFETY: the helper takes nothing. Kernels put a load in its place.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    SERVICE_STATS.get_ptr_mut(cpu.wrapping_mul(setting!(stats_stride)).wrapping_add(service))
+}
+
 /// Counts a packet for its service.
 #[inline(always)]
 pub(crate) fn count_packets(service: u32, is_reply: bool, packets: u64, bytes: u64) {
-    let Some(stats) = SERVICE_STATS.get_ptr_mut(service) else { return };
+    let Some(stats) = service_stats(service) else { return };
     // SAFETY: this CPU's element; programs do not preempt each other on a CPU.
     unsafe {
         if is_reply {
@@ -528,9 +538,9 @@ pub(crate) fn count(counter: Counter) {
 
 #[inline(always)]
 pub(crate) fn count_here(counter: u32) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter) {
-        // SAFETY: this CPU's element.
-        unsafe { *value += 1 };
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: this CPU's element, and within it.
+        unsafe { *counters.cast::<u64>().add(counter as usize % counters::ROOM) += 1 };
     }
 }
 
@@ -563,7 +573,7 @@ impl socket::Sockets for Sockets {
     #[inline(always)]
     fn count(&self, service: u32, backend: u32) {
         count_call(Counter::SocketsBalanced);
-        if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        if let Some(stats) = service_stats(service) {
             // SAFETY: within the element, and aligned.
             unsafe { &*(&raw const (*stats).flows).cast::<Word>() }.add(1);
         }
@@ -576,9 +586,9 @@ impl socket::Sockets for Sockets {
 /// Counts what a process did. Packets may interrupt this on the same CPU, and so may another process, hence one instruction.
 #[inline(always)]
 pub(crate) fn count_call(counter: Counter) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
-        // SAFETY: this element, and aligned.
-        unsafe { &*value.cast::<Word>() }.add(1);
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: within this element, and aligned.
+        unsafe { &*counters.cast::<Word>().add(counter as usize % counters::ROOM) }.add(1);
     }
 }
 
@@ -599,6 +609,26 @@ impl Lines for Services {
     #[inline(always)]
     fn beyond(&self, key: u64) -> u64 {
         subprograms::service_beyond(key)
+    }
+}
+
+/// `OWNERS`.
+pub(crate) struct OwnerPairs;
+
+impl Lines for OwnerPairs {
+    #[inline(always)]
+    fn mask(&self) -> u32 {
+        setting!(owners_mask)
+    }
+
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        OWNERS.get(index)
+    }
+
+    #[inline(always)]
+    fn beyond(&self, key: u64) -> u64 {
+        subprograms::owners_beyond(key)
     }
 }
 
@@ -714,9 +744,9 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn owners(&self, key: &EndpointKey) -> Option<&Owners> {
-        // SAFETY: what it names is checked against the flow table.
-        unsafe { OWNERS.get(key) }
+    fn owners(&self, key: u64) -> u64 {
+        // What it names is checked against the flow table.
+        directory::get(&OwnerPairs, key).unwrap_or(0)
     }
 
     #[inline(always)]
@@ -813,7 +843,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn count_flow(&self, service: u32, backend: u32) {
-        if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        if let Some(stats) = service_stats(service) {
             // SAFETY: this CPU's element.
             unsafe { (*stats).flows += 1 };
         }

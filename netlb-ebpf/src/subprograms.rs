@@ -67,6 +67,10 @@ subprogram! {
         directory::beyond(&maps::Services, key)
     }
 
+    fn directory_owners(key: u64) -> u64 {
+        directory::beyond(&maps::OwnerPairs, key)
+    }
+
     fn directory_interfaces(key: u64) -> u64 {
         directory::beyond(&maps::Interfaces, key)
     }
@@ -246,6 +250,12 @@ pub(crate) fn count(counter: Counter) {
 #[inline(always)]
 pub(crate) fn service_beyond(key: u64) -> u64 {
     directory_services(key)
+}
+
+/// The same.
+#[inline(always)]
+pub(crate) fn owners_beyond(key: u64) -> u64 {
+    directory_owners(key)
 }
 
 /// The same.

@@ -78,11 +78,13 @@ pub trait Maps: Send {
     fn frontend(&self, id: u32) -> Frontend;
     fn set_frontend(&mut self, id: u32, frontend: &Frontend);
 
-    /// Everything in `OWNERS`.
-    fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>>;
-    /// Sets some entries. After an error some of them may be set.
-    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()>;
-    fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()>;
+    /// What `OWNERS` has of a backend.
+    fn owners(&self, key: &EndpointKey) -> Owners;
+    /// Sets some lists, which are not empty. After an error some of them may be set.
+    fn set_owners(&mut self, lists: &[(EndpointKey, Owners)]) -> io::Result<()>;
+    fn remove_owners(&mut self, key: &EndpointKey);
+    /// Removes the lists of all backends but these.
+    fn retain_owners(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>);
 
     /// Everything in `ADDRESSES`.
     fn addresses(&self) -> io::Result<Vec<(Addr, u32)>>;

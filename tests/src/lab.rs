@@ -199,7 +199,7 @@ impl Lab {
     /// Moves the calling thread into a network namespace that ends with it.
     pub fn new(forwarding: Forwarding, limits: &Limits) -> Result<Self> {
         make_network()?;
-        Ok(Self { harness: load(forwarding, limits)?, seen: RefCell::new(vec![0; Counter::COUNT]) })
+        Ok(Self { harness: load(forwarding, limits)?, seen: RefCell::new(vec![0; Counter::ALL.len()]) })
     }
 
     /// With networks that the programs know.
@@ -210,7 +210,7 @@ impl Lab {
     pub fn at_with(site: &Site, forwarding: Forwarding) -> Result<Self> {
         make_network()?;
         let harness = known(Harness::at(site, &LIMITS, &Timeouts::default(), forwarding)?)?;
-        Ok(Self { harness, seen: RefCell::new(vec![0; Counter::COUNT]) })
+        Ok(Self { harness, seen: RefCell::new(vec![0; Counter::ALL.len()]) })
     }
 
     /// Writes a record like the one in force at an address, but for some changes; they may change whose it is.

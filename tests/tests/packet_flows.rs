@@ -412,6 +412,28 @@ fn a_lost_reply_slot_is_rebuilt_by_the_next_reply() -> TestResult {
     Ok(())
 }
 
+#[test]
+fn a_lost_reply_slot_is_rebuilt_whichever_of_eight_frontends_it_is_of() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for case in CASES {
+        let services = || (80..88).map(|port| case.service_at(port, &[3]));
+        let (client, backend) = (case.client(40000), case.backend(3));
+        for port in 80..88 {
+            // Then those after the first move up.
+            for first in [80, 81] {
+                lab.begin(services());
+                lab.backend_of(&case.packet(client, case.vip(port.max(first))));
+                lab.serve(services().skip(usize::from(first - 80)));
+                assert_eq!(lab.lose(Direction::Reply), 1, "{case}: {port}");
+                let out = lab.from_backends(&case.segment(backend, client, SYN_ACK).frame());
+                assert_eq!(source(&out.frame), case.vip(port.max(first)), "{case}: {port} of those from {first}");
+                assert_eq!(lab.count(Counter::FlowsRepaired), 1, "{case}: {port} of those from {first}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The packets that note the time look after the other direction.
 #[test]
 fn a_lost_slot_is_rebuilt_by_the_other_directions_packets() -> TestResult {

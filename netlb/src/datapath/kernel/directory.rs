@@ -1,4 +1,4 @@
-//! Directories of the programs, mapped: `SERVICES` and `INTERFACES`.
+//! Directories of the programs, mapped: `SERVICES`, `OWNERS` and `INTERFACES`.
 
 use std::{
     io,
@@ -8,10 +8,11 @@ use std::{
 
 use anyhow::Context as _;
 use aya::maps::MapData;
+use foldhash::HashSet;
 use netlb_common::{
     directory::{self, Line, Lines},
     flow::HashKey,
-    maps::{ConfigRef, EndpointKey, Interface},
+    maps::{ConfigRef, EndpointKey, Interface, Owners},
 };
 
 use super::{load::Memory, mapping::Mapping};
@@ -78,6 +79,50 @@ impl Services {
     }
 }
 
+/// `OWNERS`.
+#[derive(Debug)]
+pub(super) struct OwnerPairs {
+    directory: Directory,
+    hash_key: HashKey,
+}
+
+impl OwnerPairs {
+    pub(super) fn new(memory: &Memory) -> anyhow::Result<Self> {
+        Ok(Self { directory: Directory::new(&memory.map("OWNERS")?)?, hash_key: memory.hash_key() })
+    }
+
+    fn keys(&self, backend: &EndpointKey) -> impl Iterator<Item = u64> + use<> {
+        let first = self.hash_key.endpoint(backend);
+        (0..Owners::PAIRS).map(move |pair| Owners::key(first, pair))
+    }
+
+    pub(super) fn get(&self, backend: &EndpointKey) -> Owners {
+        Owners::of_pairs(self.keys(backend).map_while(|key| directory::get(&self.directory, key)))
+    }
+
+    /// Frontends that move up in the list are written where they will be before they go from where they were.
+    pub(super) fn set(&mut self, backend: &EndpointKey, owners: Owners) -> io::Result<()> {
+        let mut keys = self.keys(backend);
+        for (pair, key) in owners.pairs().zip(&mut keys) {
+            self.directory.set(key, pair)?;
+        }
+        keys.for_each(|key| directory::remove(&self.directory, key));
+        Ok(())
+    }
+
+    pub(super) fn remove(&mut self, backend: &EndpointKey) {
+        self.keys(backend).for_each(|key| directory::remove(&self.directory, key));
+    }
+
+    /// Removes what is not of these.
+    pub(super) fn retain(&mut self, backends: &mut dyn Iterator<Item = EndpointKey>) {
+        let known: HashSet<_> = backends.map(|backend| self.hash_key.endpoint(&backend)).collect();
+        let is_known = |key: u64| (0..Owners::PAIRS).any(|pair| known.contains(&Owners::key(key, pair)));
+        let strays = directory::entries(&self.directory).map(|(key, _)| key).filter(|key| !is_known(*key));
+        strays.collect::<Vec<_>>().into_iter().for_each(|key| directory::remove(&self.directory, key));
+    }
+}
+
 /// `INTERFACES`.
 #[derive(Debug)]
 pub(super) struct Interfaces(Directory);
@@ -107,5 +152,60 @@ impl Interfaces {
 
     pub(super) fn remove(&mut self, index: u32) {
         directory::remove(&self.0, directory::numbered(index));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlb_common::addr::{Addr, PortBe};
+
+    use super::*;
+
+    fn pairs() -> OwnerPairs {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 * 16).unwrap();
+        let directory = Directory { lines: Mapping::new(file.as_fd(), 16).unwrap(), mask: 15 };
+        OwnerPairs { directory, hash_key: HashKey::new([1, 2, 3, 4]) }
+    }
+
+    fn backend(host: u8) -> EndpointKey {
+        EndpointKey::new(Addr::from_v4([10, 0, 0, host]), PortBe::new(80), 6)
+    }
+
+    #[test]
+    fn lists_of_owners_grow_and_shrink() {
+        let mut owners = pairs();
+        for list in
+            [[1, 0, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 0, 0, 0], [9, 8, 0, 0, 0, 0, 0, 0]]
+        {
+            owners.set(&backend(1), Owners(list)).unwrap();
+            assert_eq!(owners.get(&backend(1)), Owners(list));
+            let words = list.iter().filter(|id| **id != 0).count().div_ceil(2);
+            assert_eq!(directory::entries(&owners.directory).count(), words, "{list:?}");
+        }
+        assert_eq!(owners.get(&backend(2)), Owners::default());
+        owners.remove(&backend(1));
+        assert_eq!(directory::entries(&owners.directory).count(), 0);
+    }
+
+    #[test]
+    fn lists_of_unknown_backends_go() {
+        let mut owners = pairs();
+        for host in 1..=6 {
+            owners.set(&backend(host), Owners([1, 2, 3, 4, 5, u32::from(host), 0, 0])).unwrap();
+        }
+        owners.retain(&mut [2, 5].into_iter().map(backend));
+        for host in 1..=6 {
+            let is_known = [2, 5].contains(&host);
+            assert_eq!(owners.get(&backend(host)).0[5], if is_known { host.into() } else { 0 }, "{host}");
+        }
+        assert_eq!(directory::entries(&owners.directory).count(), 6);
+    }
+
+    #[test]
+    fn a_directory_that_is_full_says_so_as_a_hash_does() {
+        let mut owners = pairs();
+        let full = (1..=200).find_map(|host| owners.set(&backend(host), Owners([1; 8])).err());
+        assert_eq!(full.and_then(|error| error.raw_os_error()), Some(libc::E2BIG));
     }
 }

@@ -6,14 +6,14 @@ use ipnet::IpNet;
 use netlb_common::{
     addr::Addr,
     conntrack::State,
-    counters::Counter,
+    counters,
     directory::{self, Line},
     filter,
     fragment::{self, First, HeldFrame, Region},
     hop::{self, Hop, Lead},
     maps::{
-        Affinity, AffinityKey, Backend, Config, Counterpart, EndpointKey, Frontend, Interface, MemberLine, Meta,
-        NodePortKey, Owners, RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
+        Affinity, AffinityKey, Backend, Config, Counterpart, Frontend, Interface, MemberLine, Meta, NodePortKey,
+        RangeKey, RingLine, ServiceStats, Settings, SocketKey, Tally, forwarding, log_level,
     },
     network::{Network, Networks},
     snat::{self, Pool, Ports, Source},
@@ -29,9 +29,6 @@ use crate::{
 
 /// Ids of frontends and backends have this many bits in a flow's data word.
 const ID_BITS: u32 = 21;
-/// Room in `COUNTERS`. More than there are, so that a new counter is no reason for new maps.
-const COUNTERS: u32 = 64;
-const _: () = assert!(Counter::COUNT <= COUNTERS as usize);
 /// Room in `SOURCE_RANGES` for each service, and in `ADDRESSES` for more than services have. Entries take memory when they are made.
 const SOURCE_RANGES: u32 = 4;
 const NODE_ADDRESSES: u32 = 1024;
@@ -112,10 +109,12 @@ pub(super) struct Layout {
     pub(super) flow_buckets_log2: u32,
     /// Entries of `SOCKETS`.
     sockets: u32,
+    pub(super) cpus: u32,
 }
 
 impl Layout {
-    pub(super) fn new(limits: &Limits) -> Self {
+    /// For all CPUs that there may be.
+    pub(super) fn new(limits: &Limits, cpus: u32) -> Self {
         let Limits { services, backends, flows, ring_slots, sockets } = *limits;
         let addresses = u64::from(services) + u64::from(backends);
         let sizes = Sizes {
@@ -138,7 +137,7 @@ impl Layout {
             node_ports: services,
             filter_bits_log2: filter::bits_log2(addresses),
         };
-        Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS) }
+        Self { sizes, flow_buckets_log2: flow_buckets_log2(flows), sockets: sockets.max(LEAST_SOCKETS), cpus }
     }
 
     /// The same for programs that serve no sockets.
@@ -158,6 +157,10 @@ impl Layout {
         self.flow_buckets() / Overflow::BUCKETS
     }
 
+    pub(super) const fn service_stats(&self) -> u32 {
+        self.cpus.saturating_mul(self.sizes.numbers)
+    }
+
     pub(super) const fn filter_words(&self) -> u32 {
         (1 << self.sizes.filter_bits_log2) / filter::WORD_BITS
     }
@@ -174,15 +177,15 @@ impl Layout {
             Spec::array::<MemberLine>("MEMBERS", MappedArray, members / MemberLine::MEMBERS),
             Spec::array::<Backend>("BACKENDS", MappedArray, backends),
             Spec::array::<Frontend>("FRONTENDS", MappedArray, frontends),
-            Spec::hash::<EndpointKey, Owners>("OWNERS", Hash, owners),
+            Spec::array::<Line>("OWNERS", MappedArray, directory::lines(owners)),
             Spec::array::<u64>("FILTER", MappedArray, self.filter_words()),
             Spec::array::<Bucket>("FLOWS", MappedArray, self.flow_buckets()),
             Spec::array::<Record>("FLOW_RECORDS", MappedArray, self.flow_records()),
             Spec::array::<Overflow>("FLOW_OVERFLOWS", MappedArray, self.flow_overflows()),
-            Spec::array::<ServiceStats>("SERVICE_STATS", PerCpuArray, numbers),
+            Spec::array::<ServiceStats>("SERVICE_STATS", MappedArray, self.service_stats()),
             Spec::array::<Tally>("CURSORS", MappedArray, numbers),
             Spec::array::<Tally>("BACKEND_STATS", MappedArray, backends),
-            Spec::array::<u64>("COUNTERS", PerCpuArray, COUNTERS),
+            Spec::array::<[u64; counters::ROOM]>("COUNTERS", PerCpuArray, 1),
             Spec::array::<Line>("INTERFACES", MappedArray, Interface::LINES),
             Spec::array::<Hop>("HOPS", MappedArray, hop::COUNT),
             Spec::array::<Lead>("LEADS", Array, hop::LEADS),
@@ -259,6 +262,7 @@ fn pool<'a>(addresses: impl Iterator<Item = &'a IpAddr>) -> Pool {
 
 /// The constants of the programs.
 pub(super) fn settings(
+    layout: &Layout,
     meta: &Meta,
     timeouts: &[u32; State::COUNT],
     jiffies: Jiffies,
@@ -284,7 +288,9 @@ pub(super) fn settings(
         },
         snat_ports: Ports { first, more: last - first },
         echo: u32::from(options.echo),
-        services_mask: directory::lines(options.limits.services) - 1,
+        services_mask: directory::lines(layout.sizes.services) - 1,
+        owners_mask: directory::lines(layout.sizes.owners) - 1,
+        stats_stride: layout.sizes.numbers,
         pad: 0,
         owned: options.owned,
         pods: options.pods,
@@ -302,7 +308,7 @@ mod tests {
 
     #[test]
     fn the_default_limits_give_these_sizes() {
-        let layout = Layout::new(&Limits::default());
+        let layout = Layout::new(&Limits::default(), 2);
         assert_eq!(layout.flow_buckets_log2, 18);
         let sizes: Vec<_> = layout.maps().iter().map(|map| (map.name, map.max_entries)).collect();
         assert_eq!(
@@ -314,15 +320,15 @@ mod tests {
                 ("MEMBERS", 28_672),
                 ("BACKENDS", 131_073),
                 ("FRONTENDS", 32_769),
-                ("OWNERS", 131_072),
+                ("OWNERS", 65_536),
                 ("FILTER", 32_768),
                 ("FLOWS", 262_144),
                 ("FLOW_RECORDS", 1_048_576),
                 ("FLOW_OVERFLOWS", 32_768),
-                ("SERVICE_STATS", 24_640),
+                ("SERVICE_STATS", 49_280),
                 ("CURSORS", 24_640),
                 ("BACKEND_STATS", 131_073),
-                ("COUNTERS", 64),
+                ("COUNTERS", 1),
                 ("INTERFACES", 4096),
                 ("HOPS", 16_384),
                 ("LEADS", 4096),
@@ -342,7 +348,7 @@ mod tests {
 
     #[test]
     fn the_smallest_and_largest_limits_stay_within_what_the_programs_address() {
-        let least = Layout::new(&Limits { services: 1, backends: 1, flows: 1, ring_slots: 1, sockets: 1 });
+        let least = Layout::new(&Limits { services: 1, backends: 1, flows: 1, ring_slots: 1, sockets: 1 }, 1);
         assert_eq!(least.flow_buckets(), 64);
         assert_eq!(least.sizes.ring_slots, 32);
         assert!(least.maps().iter().all(|map| map.max_entries > 0));
@@ -353,7 +359,7 @@ mod tests {
             ring_slots: 1 << 30,
             sockets: 1 << 24,
         };
-        let most = Layout::new(&most);
+        let most = Layout::new(&most, 512);
         assert_eq!(most.flow_buckets_log2, table::MAX_BUCKETS_LOG2);
         assert_eq!(most.flow_records(), 1 << 28);
         assert_eq!((most.sizes.backends, most.sizes.frontends), (1 << ID_BITS, 1 << ID_BITS));

@@ -9,11 +9,12 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
     maps::{Array, Map, MapData, MapInfo},
     programs::{ProgramError, ProgramFd, SchedClassifier, Xdp},
+    util::nr_cpus,
 };
 use netlb_common::{ABI_VERSION, flow::HashKey, maps::Meta, network::Networks, time::Jiffies};
 
@@ -109,7 +110,7 @@ impl Unfinished {
 
 /// Loads the programs and pins their maps.
 pub(super) fn load(options: &Options<'_>, pins: &Pins) -> anyhow::Result<Loaded> {
-    let layout = layout(options);
+    let layout = layout(options)?;
     pins.recover(|directory| read_meta(directory).is_ok_and(|meta| meta.abi_version != 0))
         .context("cannot tidy up the pinned maps")?;
     let adopted = match adoptable(&pins.maps(), &layout)? {
@@ -138,13 +139,14 @@ pub(super) fn load(options: &Options<'_>, pins: &Pins) -> anyhow::Result<Loaded>
 
 /// Loads the programs with maps that end with them.
 pub(super) fn load_unpinned(options: &Options<'_>) -> anyhow::Result<Loaded> {
-    let layout = layout(options);
+    let layout = layout(options)?;
     load_into(options, &layout, new_meta(&layout)?, None, false)
 }
 
-fn layout(options: &Options<'_>) -> Layout {
-    let layout = Layout::new(options.limits);
-    if options.sockets == SocketScope::Off { layout.without_sockets() } else { layout }
+fn layout(options: &Options<'_>) -> anyhow::Result<Layout> {
+    let cpus = nr_cpus().map_err(|(file, error)| anyhow!("cannot tell how many CPUs there are: {file}: {error}"))?;
+    let layout = Layout::new(options.limits, cpus as u32);
+    Ok(if options.sockets == SocketScope::Off { layout.without_sockets() } else { layout })
 }
 
 fn new_meta(layout: &Layout) -> anyhow::Result<Meta> {
@@ -175,7 +177,7 @@ fn load_into(
         tracing::debug!("the programs ask a helper for the time: {error}");
         Jiffies::default()
     });
-    let settings = settings(&meta, &timeouts, jiffies, options);
+    let settings = settings(layout, &meta, &timeouts, jiffies, options);
     let socket_settings = sockets::settings(options.sockets).context("cannot tell this network namespace")?;
     // aya-log counts its levels as we do.
     let log_level = settings.log_level as u8;

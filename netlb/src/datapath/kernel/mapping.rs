@@ -13,7 +13,7 @@ use std::{
 use netlb_common::{
     directory::Line,
     hop::Hop,
-    maps::{Backend, Config, Frontend, Tally},
+    maps::{Backend, Config, Frontend, ServiceStats, Tally},
     snat::Source,
     table::{Bucket, Overflow, Record},
 };
@@ -59,6 +59,8 @@ unsafe impl Plain for Config {}
 unsafe impl Plain for Backend {}
 // SAFETY: `repr(C)` of integers, 32 bytes, all of them named.
 unsafe impl Plain for Frontend {}
+// SAFETY: `repr(C)` of five `u64`.
+unsafe impl Plain for ServiceStats {}
 
 /// A `BPF_F_MMAPABLE` array, as a slice of elements. They may be parts of the map's: lines of numbers are mapped as the numbers.
 #[derive(Debug)]

@@ -15,10 +15,9 @@ use anyhow::Context as _;
 use aya::{
     Pod,
     maps::{
-        HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues,
+        HashMap, Map, MapData, MapError,
         lpm_trie::{Key, LpmTrie},
     },
-    util::nr_cpus,
 };
 use netlb_common::{
     addr::Addr,
@@ -32,7 +31,13 @@ use netlb_common::{
     table::{Bucket, Overflow, Place, Record, Storage},
 };
 
-use super::{directory::Services, layout::Layout, load::Memory, mapping::Mapping, syscall::Grace};
+use super::{
+    directory::{OwnerPairs, Services},
+    layout::Layout,
+    load::Memory,
+    mapping::Mapping,
+    syscall::Grace,
+};
 use crate::{
     datapath::{Maps, Portion, Sizes},
     dataplane::ServiceCounters,
@@ -42,9 +47,7 @@ use crate::{
 pub struct KernelMaps {
     sizes: Sizes,
     services: Services,
-    owners: HashMap<MapData, EndpointKey, Owners>,
-    /// The same map.
-    owners_fd: OwnedFd,
+    owners: OwnerPairs,
     addresses: HashMap<MapData, Addr, u32>,
     node_ports: HashMap<MapData, NodePortKey, u32>,
     source_ranges: LpmTrie<MapData, RangeKey, u32>,
@@ -57,7 +60,8 @@ pub struct KernelMaps {
     rings: Mapping<AtomicU16>,
     members: Mapping<AtomicU32>,
     filter: Mapping<AtomicU64>,
-    service_stats: PerCpuArray<MapData, ServiceStats>,
+    service_stats: Mapping<ServiceStats>,
+    cpus: u32,
     backend_stats: Mapping<Tally>,
     sources: Mapping<Source>,
     flows: FlowTable,
@@ -116,10 +120,6 @@ pub(super) fn hash<K: Pod, V: Pod>(memory: &Memory, name: &str) -> anyhow::Resul
     Ok(Map::HashMap(memory.map(name)?).try_into()?)
 }
 
-pub(super) fn per_cpu<V: Pod>(memory: &Memory, name: &str) -> anyhow::Result<PerCpuArray<MapData, V>> {
-    Ok(Map::PerCpuArray(memory.map(name)?).try_into()?)
-}
-
 /// Maps an array into memory. The mapping keeps the map.
 pub(super) fn mapped<T>(memory: &Memory, name: &str, len: u32) -> anyhow::Result<Mapping<T>> {
     Mapping::new(memory.descriptor(name)?, len).with_context(|| format!("cannot map {name} into memory"))
@@ -131,8 +131,7 @@ impl KernelMaps {
         Ok(Self {
             sizes,
             services: Services::new(memory)?,
-            owners: hash(memory, "OWNERS")?,
-            owners_fd: memory.descriptor("OWNERS")?.try_clone_to_owned()?,
+            owners: OwnerPairs::new(memory)?,
             addresses: hash(memory, "ADDRESSES")?,
             node_ports: hash(memory, "NODE_PORTS")?,
             source_ranges: Map::LpmTrie(memory.map("SOURCE_RANGES")?).try_into()?,
@@ -144,7 +143,8 @@ impl KernelMaps {
             rings: mapped(memory, "RINGS", sizes.ring_slots)?,
             members: mapped(memory, "MEMBERS", sizes.members)?,
             filter: mapped(memory, "FILTER", layout.filter_words())?,
-            service_stats: per_cpu(memory, "SERVICE_STATS")?,
+            service_stats: mapped(memory, "SERVICE_STATS", layout.service_stats())?,
+            cpus: layout.cpus,
             backend_stats: mapped(memory, "BACKEND_STATS", sizes.backends)?,
             sources: mapped(memory, "SNAT_ADDRESSES", snat::ADDRESSES)?,
             flows: FlowTable {
@@ -248,17 +248,20 @@ impl Maps for KernelMaps {
         fence(Ordering::SeqCst);
     }
 
-    fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>> {
-        self.owners.iter().collect::<Result<_, _>>().map_err(io_error)
+    fn owners(&self, key: &EndpointKey) -> Owners {
+        self.owners.get(key)
     }
 
-    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()> {
-        let (keys, values): (Vec<_>, Vec<_>) = entries.iter().copied().unzip();
-        super::syscall::update_batch(self.owners_fd.as_fd(), &keys, &values)
+    fn set_owners(&mut self, lists: &[(EndpointKey, Owners)]) -> io::Result<()> {
+        lists.iter().try_for_each(|(key, owners)| self.owners.set(key, *owners))
     }
 
-    fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
-        super::pins::ignore_missing(self.owners.remove(key).map_err(io_error))
+    fn remove_owners(&mut self, key: &EndpointKey) {
+        self.owners.remove(key);
+    }
+
+    fn retain_owners(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>) {
+        self.owners.retain(keys);
     }
 
     fn addresses(&self) -> io::Result<Vec<(Addr, u32)>> {
@@ -351,8 +354,8 @@ impl Maps for KernelMaps {
 
     fn service_stats(&self, service: u32) -> ServiceCounters {
         let mut sum = ServiceCounters::default();
-        // Only a number that is out of bounds fails, and that one counted nothing.
-        for stats in self.service_stats.get(&service, 0).iter().flat_map(|stats| stats.iter()) {
+        for cpu in 0..self.cpus {
+            let stats = self.service_stats.read(cpu * self.sizes.numbers + service);
             sum.flows += stats.flows;
             sum.packets_in += stats.packets_in;
             sum.bytes_in += stats.bytes_in;
@@ -363,12 +366,8 @@ impl Maps for KernelMaps {
     }
 
     fn clear_service_stats(&mut self, service: u32) {
-        let cleared = nr_cpus()
-            .map_err(|(_, error)| error)
-            .and_then(|cpus| PerCpuValues::try_from(vec![ServiceStats::default(); cpus]))
-            .and_then(|zeros| self.service_stats.set(service, zeros, 0).map_err(io_error));
-        if let Err(error) = cleared {
-            tracing::warn!(service, "cannot clear the counters of a service: {error}");
+        for cpu in 0..self.cpus {
+            self.service_stats.write(cpu * self.sizes.numbers + service, &ServiceStats::default());
         }
     }
 

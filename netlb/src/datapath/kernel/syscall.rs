@@ -27,7 +27,6 @@ mod command {
     pub(super) const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
     pub(super) const PROG_QUERY: libc::c_int = 16;
     pub(super) const MAP_LOOKUP_BATCH: libc::c_int = 24;
-    pub(super) const MAP_UPDATE_BATCH: libc::c_int = 26;
     pub(super) const LINK_CREATE: libc::c_int = 28;
     pub(super) const LINK_UPDATE: libc::c_int = 29;
     pub(super) const LINK_DETACH: libc::c_int = 34;
@@ -247,17 +246,6 @@ struct Batch {
     map: u32,
     element_flags: u64,
     flags: u64,
-}
-
-/// Sets entries of a hash map, all in one call (since Linux 5.6). After an error those before it are set.
-pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
-    assert_eq!(keys.len(), values.len());
-    if keys.is_empty() {
-        return Ok(());
-    }
-    let (count, map) = (keys.len() as u32, raw(map));
-    let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
-    bpf(command::MAP_UPDATE_BATCH, &mut Batch { keys, values, count, map, ..Batch::default() }).map(drop)
 }
 
 /// Some entries of a hash map, and where the next ones begin if there are more. What comes or goes meanwhile does not disturb that: the

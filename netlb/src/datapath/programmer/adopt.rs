@@ -152,27 +152,18 @@ impl<M: Maps> Programmer<M> {
                 }
             }
         }
-        let mut found: HashMap<_, _> = self.maps.owners()?.into_iter().collect();
-        let mut missing = Vec::new();
+        self.maps.retain_owners(&mut self.owners.iter().map(|(backend, _)| *backend));
         for (backend, owners) in self.owners.iter() {
             // The order in which a long list was made is gone, so any few of it will do.
-            let same = |found: &netlb_common::maps::Owners| {
-                let mut sorted = (found.0, owners.0);
-                sorted.0.sort_unstable();
-                sorted.1.sort_unstable();
-                sorted.0 == sorted.1
-            };
-            if !found.remove(backend).as_ref().is_some_and(same) {
-                missing.push((*backend, owners));
+            let mut sorted = (self.maps.owners(backend).0, owners.0);
+            sorted.0.sort_unstable();
+            sorted.1.sort_unstable();
+            if sorted.0 == sorted.1 {
+                continue;
             }
-        }
-        for backend in found.keys() {
-            self.maps.remove_owners(backend)?;
-        }
-        for (backend, owners) in missing {
-            match self.maps.set_owners(&[(backend, owners)]) {
+            match self.maps.set_owners(&[(*backend, owners)]) {
                 // A change that did not come to its end.
-                Err(error) if is_full(&error) => tracing::warn!("map OWNERS is full: {:?}", frontend_of(&backend)),
+                Err(error) if is_full(&error) => tracing::warn!("map OWNERS is full: {:?}", frontend_of(backend)),
                 written => written?,
             }
         }

@@ -442,12 +442,12 @@ impl Maps for MemoryMaps {
         self.frontends[id as usize] = *frontend;
     }
 
-    fn owners(&self) -> io::Result<Vec<(EndpointKey, Owners)>> {
-        Ok(self.owners.iter().map(|(key, value)| (*key, *value)).collect())
+    fn owners(&self, key: &EndpointKey) -> Owners {
+        self.owners.get(key).copied().unwrap_or_default()
     }
 
-    fn set_owners(&mut self, entries: &[(EndpointKey, Owners)]) -> io::Result<()> {
-        for (key, owners) in entries {
+    fn set_owners(&mut self, lists: &[(EndpointKey, Owners)]) -> io::Result<()> {
+        for (key, owners) in lists {
             if !self.owners.contains_key(key) && self.owners.len() == self.sizes.owners as usize {
                 return Err(io::Error::from_raw_os_error(libc::E2BIG));
             }
@@ -457,9 +457,14 @@ impl Maps for MemoryMaps {
         Ok(())
     }
 
-    fn remove_owners(&mut self, key: &EndpointKey) -> io::Result<()> {
+    fn remove_owners(&mut self, key: &EndpointKey) {
         self.note(Op::RemoveOwners(*key));
-        self.owners.remove(key).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        self.owners.remove(key);
+    }
+
+    fn retain_owners(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>) {
+        let known: HashSet<_> = keys.collect();
+        self.owners.retain(|key, _| known.contains(key));
     }
 
     fn addresses(&self) -> io::Result<Vec<(Addr, u32)>> {

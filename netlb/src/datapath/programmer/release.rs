@@ -236,15 +236,12 @@ impl<M: Maps> Programmer<M> {
             .map(|(backend, _)| backend)
             .collect();
         for backend in changed {
-            let written = match self.owners.get(&backend) {
-                Some(owners) => self.maps.set_owners(&[(backend, owners)]),
-                None => self.maps.remove_owners(&backend),
+            let Some(owners) = self.owners.get(&backend) else {
+                self.maps.remove_owners(&backend);
+                continue;
             };
-            match written {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!("map OWNERS: an entry that is out of use could not be changed: {error}");
-                }
-                _ => {}
+            if let Err(error) = self.maps.set_owners(&[(backend, owners)]) {
+                tracing::warn!("map OWNERS: an entry that is out of use could not be changed: {error}");
             }
         }
     }
