@@ -5,11 +5,11 @@
 
 use crate::{
     addr::{Addr, PortBe},
-    conntrack::{Direction, State},
+    conntrack::{Direction, Segment, State},
     counters::Counter,
     filter::{self, Kind},
     flow::{Family, Fingerprint, HashKey, Parsed, Tuple},
-    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, address},
+    maps::{Affinity, AffinityKey, Backend, Config, ConfigRef, EndpointKey, Frontend, Owners, address, algorithm},
     opaque::{any, rolled},
     snat::{self, Ports, Snat},
     table::{self, Data, Flow, Found, Inserted, New, Operations, SAFE_TICKS},
@@ -67,6 +67,12 @@ pub trait Tables: Operations {
     /// Whether a packet from a backend was found to be no service's a moment ago.
     fn is_stranger(&self, fingerprint: Fingerprint, now: Ticks) -> bool;
     fn note_stranger(&self, fingerprint: Fingerprint, now: Ticks);
+    /// See [`note`].
+    #[inline(always)]
+    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+        note(self, fingerprint, segment, now);
+    }
+
     /// See [`leave`].
     #[inline(always)]
     fn leave(self, fingerprint: Fingerprint, data: Data, now: Ticks) {
@@ -181,6 +187,8 @@ pub enum Verdict {
     Conflict,
     /// An echo request to the address of a service, which is answered.
     Echo,
+    /// A reply to an address of the node, at a port that flows are given: whose it is was lost, if no socket of the node waits for it.
+    Lost,
 }
 
 /// A rewrite: of the destination on the way to the backend, of the source on the way back; and of the other end, where the flow has another
@@ -420,12 +428,34 @@ pub fn leave<T: Tables>(tables: T, fingerprint: Fingerprint, data: Data, now: Ti
     }
 }
 
+/// Whether a client begins anew with a backend that takes no new flows. Nothing is noted of that: the time that lets it go runs on.
+#[inline(always)]
+fn is_last_try<T: Tables>(tables: T, data: Data, segment: Segment) -> bool {
+    segment.is_syn()
+        && data.direction() == Direction::Forward
+        && !data.is_masqueraded()
+        && tables.backend(data.id()).is_some_and(|backend| backend.flags & Backend::ACCEPTING == 0)
+}
+
+/// Notes one more packet of a flow that has one direction in its slot.
+#[inline(always)]
+pub fn note<T: Tables>(tables: T, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+    if let Some(found) = tables.find(fingerprint, now)
+        && !is_last_try(tables, found.data, segment)
+    {
+        table::change(found.slot, found.data, |data| data.after(segment, now));
+    }
+}
+
 /// Notes a packet in its flow's slot, and what this changes also in the other direction's: state and time, or all of it where that slot was
 /// lost. Both are written at most once for each unit of time and each state.
 #[inline(always)]
 pub fn tend<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, lookup: &Lookup, translation: &Translation<A>) {
     let Lookup { fingerprint, now, .. } = *lookup;
     let Some(found) = tables.find(fingerprint, now) else { return };
+    if is_last_try(tables, found.data, packet.segment) {
+        return;
+    }
     if !table::change(found.slot, found.data, |data| data.after(packet.segment, now)) {
         return;
     }
@@ -471,7 +501,8 @@ pub fn place<A: Family, T: Tables>(
         let Some(id) = id else { break };
         let Some(backend) = tables.backend(id) else { break };
         // Those that drain are members still.
-        let may_have_it = backend.flags & Backend::ACCEPTING != 0 || selection.is_known();
+        let is_strangers = backend.flags & Backend::ONLY_LOCAL != 0 && config.flags & Config::LOCAL == 0;
+        let may_have_it = (backend.flags & Backend::ACCEPTING != 0 && !is_strangers) || selection.is_known();
         selection = selection.next();
         if !may_have_it {
             continue;
@@ -481,6 +512,9 @@ pub fn place<A: Family, T: Tables>(
             Offer::Taken => return Verdict::Translate,
             Offer::Wrapped => return Verdict::Wrap,
             // The node has no other source to give.
+            Offer::NotHere if selection.has_another_source() && goes_by_client(config) => {
+                selection = selection.with_its_own_source();
+            }
             Offer::NotHere if selection.has_another_source() => break,
             Offer::NotHere => {
                 tables.count(Counter::NeedsSnat);
@@ -488,18 +522,19 @@ pub fn place<A: Family, T: Tables>(
             }
             Offer::Full => return Verdict::Drop,
             Offer::NoPort => return Verdict::Exhausted,
+            // Its clients keep their backend: another source is better than another backend.
+            Offer::Conflict if goes_by_client(config) && !selection.has_conflict() => return Verdict::Conflict,
             Offer::Conflict => selection = selection.with_conflict(),
         }
     }
-    // All of them drain.
-    if !selection.has_conflict() {
-        return Verdict::Reject;
-    }
-    if !selection.has_another_source() {
-        return Verdict::Conflict;
-    }
-    tables.count(Counter::FlowConflict);
-    Verdict::Drop
+    // Or all of them drain.
+    if selection.has_conflict() { Verdict::Conflict } else { Verdict::Reject }
+}
+
+/// Whether the backend is chosen by who the client is.
+#[inline(always)]
+pub(crate) const fn goes_by_client(config: &Config) -> bool {
+    config.affinity != 0 || config.algorithm == algorithm::SOURCE_HASH
 }
 
 /// What a hook knows of the ways to backends and back.
@@ -853,8 +888,7 @@ pub fn lost_reply<A: Family, T: Tables>(
     // Whose it is cannot be told from the reply; the node would refuse it, and the backend give up. The next packet of the client brings
     // the slot back.
     if tables.snat_ports().has(tuple.destination_port) && tables.source_index(tuple.destination.to_map()) != 0 {
-        tables.count(Counter::SnatLost);
-        return Verdict::Drop;
+        return Verdict::Lost;
     }
     for n in 0..rolled(Owners::MAX) as u32 {
         if n > 0 {

@@ -70,6 +70,7 @@ counters! {
     DsrNoBackend "dsr_no_backend" "wrapped packets dropped because their service has no backend at the address they were sent to",
     DsrCongested "dsr_congested" "wrapped packets dropped because they met congestion, which their sender does not want to be told of otherwise",
     DsrErrorLost "dsr_error_lost" "ICMP errors about wrapped packets passed untouched because they quote too little of what was wrapped, or what is of no flow",
+    SnatTooBig "snat_too_big" "packets dropped because they do not fit their way, their sender lets routers fragment them, and their flow has an address of the node as its source",
 }
 
 /// Room for a CPU's counters. More than there are, so that a new counter is no reason for new maps.

@@ -54,8 +54,8 @@ pub struct Caller {
 #[inline(always)]
 fn policy(config: &Config, caller: &Caller) -> Option<Outcome> {
     // Which address the packets of a pod's socket will have is not known here, and another cannot be given to them: the packets' path does.
-    let goes_by_client = config.affinity != 0 || config.algorithm == algorithm::SOURCE_HASH;
-    if !caller.is_node && (config.flags & (Config::RANGES | Config::SNAT_PODS) != 0 || goes_by_client) {
+    if !caller.is_node && (config.flags & (Config::RANGES | Config::SNAT_PODS) != 0 || balance::goes_by_client(config))
+    {
         return Some(Outcome::Untouched);
     }
     // A pod's loopback addresses are its own.
@@ -117,9 +117,11 @@ pub fn send<T: Tables>(
     backend: &mut Counterpart,
 ) -> Outcome {
     let Some((_, config)) = balance::in_force(&tables, named) else { return unclaimed(tables, caller, named) };
-    if let Some(outcome) = policy(config, caller) {
-        return outcome;
+    let refusal = policy(config, caller);
+    if let Some(Outcome::Untouched) = refusal {
+        return Outcome::Untouched;
     }
+    // Whom it is talking to already it keeps, whatever is refused to others since.
     let frontend_end = SocketKey::new(caller.cookie, named.addr, named.port, SocketKey::FRONTEND);
     if let Some(known) = sockets.get(&frontend_end)
         && tables.backend(known.backend).is_some_and(|backend| still_serves(backend, &known, config, named))
@@ -132,7 +134,10 @@ pub fn send<T: Tables>(
         }
         return Outcome::Exchanged;
     }
-    choose(tables, sockets, caller, named, config, backend)
+    match refusal {
+        Some(outcome) => outcome,
+        None => choose(tables, sockets, caller, named, config, backend),
+    }
 }
 
 /// Whether a backend is the one that was chosen, and has its flows still. A socket holds no id of a backend, so that it may be another's.
@@ -448,6 +453,22 @@ mod tests {
         assert_eq!(*node.counted.borrow(), [1, 3]);
         // A late answer of the one before.
         assert_eq!((node.peer(1), node.peer(3)), (Some(service(UDP).addr), Some(service(UDP).addr)));
+    }
+
+    #[test]
+    fn datagrams_keep_their_backend_when_a_policy_refuses_new_ones() {
+        let mut node = Node::new(UDP);
+        assert_eq!(node.send(), (Outcome::Exchanged, 1));
+        node.maps.configs[0].ring_len = 0;
+        node.maps.configs[0].flags = Config::DROP;
+        assert_eq!(node.send(), (Outcome::Exchanged, 1), "its backend serves still");
+        node.maps.configs[0].flags = Config::RANGES;
+        assert_eq!(node.send(), (Outcome::Exchanged, 1), "the node is let in no more");
+        node.caller.cookie += 1;
+        assert_eq!(node.send(), (Outcome::Forbidden, 0), "another socket");
+        node.caller.cookie -= 1;
+        node.maps.backends[1].flags = 0;
+        assert_eq!(node.send(), (Outcome::Forbidden, 0), "its backend serves no more");
     }
 
     #[test]

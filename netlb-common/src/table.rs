@@ -418,12 +418,6 @@ pub trait Operations: Storage + Copy {
         Some(self.find(fingerprint, now)?.place)
     }
 
-    /// Notes one more packet of a direction of a flow in its slot.
-    #[inline(always)]
-    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
-        note(&self, fingerprint, segment, now);
-    }
-
     /// Looks at one bucket for an insert.
     #[inline(always)]
     fn scan(self, index: u32, new: &New) -> Scan {
@@ -1020,14 +1014,6 @@ pub fn follow<S: Storage>(storage: &S, fingerprint: Fingerprint, state: State, n
     let Some(found) = storage.find(fingerprint, now) else { return false };
     change(found.slot, found.data, |data| data.with_state(data.state().merge(state)).at(now));
     true
-}
-
-/// Notes one more packet of a direction of a flow in its slot.
-#[inline(always)]
-pub fn note<S: Storage>(storage: &S, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
-    if let Some(found) = storage.find(fingerprint, now) {
-        change(found.slot, found.data, |data| data.after(segment, now));
-    }
 }
 
 /// Notes the way by which a direction of a flow leaves.

@@ -38,6 +38,9 @@ const FAMILY_V6: u8 = 10;
 /// The network namespace of the program's device.
 const BPF_F_CURRENT_NETNS: i64 = -1;
 
+/// A length that fits any way. With 0 the kernel would take the frame's.
+const SHORTEST: u16 = 1;
+
 /// What routing says of a packet. Every field always has a value: the verifier accepts no undefined ones, which the parts of an enum
 /// would be.
 #[derive(Clone, Copy)]
@@ -226,20 +229,14 @@ fn out_flags<A: Routable>(lookup: &FibLookup, destination: A) -> u8 {
     if out.role == role::UPLINK || A::is_on_link(lookup, destination) { flags } else { flags & !Way::DIRECT }
 }
 
-/// The interface by which a packet that came in on `input` would leave with another tuple; 0 if that is the kernel's business.
+/// The interface by which a packet of any length that came in on `input` would leave with another tuple; 0 if that is the kernel's business.
 #[inline(always)]
-pub(crate) fn way_out<A: Routable>(
-    frame: &impl Frame,
-    packet: &Parsed<A>,
-    tuple: &Tuple<A>,
-    input: u32,
-    now: Ticks,
-) -> u32 {
+pub(crate) fn way_out<A: Routable>(frame: &impl Frame, tuple: &Tuple<A>, input: u32, now: Ticks) -> u32 {
     let way = maps::way(maps::lead(tuple.destination, input, now));
     if way.interface != 0 {
         return way.interface;
     }
-    let route = route(frame, packet, tuple, input);
+    let route = route_datagram(frame, SHORTEST, tuple, input);
     if matches!(route.outcome, Outcome::Resolved | Outcome::Unresolved) { route.interface } else { 0 }
 }
 
@@ -262,6 +259,7 @@ pub(crate) fn preferred_source<A: Routable>(
 ) -> Result<(A, bool), NoSource> {
     let (input, bridge) = (frame.interface(), bridge_of(frame.interface()));
     let mut lookup = question(tuple, if bridge == 0 || is_sent { input } else { bridge });
+    lookup.__bindgen_anon_1.tot_len = SHORTEST;
     let len = size_of::<FibLookup>() as i32;
     let mut flags = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
     if is_sent {

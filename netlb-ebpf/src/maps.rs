@@ -12,7 +12,7 @@ use netlb_common::{
     addr::{Addr, Address, Ipv6Be},
     atomic::Word,
     balance::{Lookup, Tables, Translation},
-    conntrack::State,
+    conntrack::{Segment, State},
     counters::{self, Counter},
     directory::{self, Line, Lines},
     flow::{Family, Fingerprint, HashKey, Parsed},
@@ -829,6 +829,11 @@ impl Tables for Kernel {
             // SAFETY: this CPU's element.
             unsafe { (*scratch).strangers.add(fingerprint, now) };
         }
+    }
+
+    #[inline(always)]
+    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+        subprograms::note(fingerprint, segment, now);
     }
 
     #[inline(always)]

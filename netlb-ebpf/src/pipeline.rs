@@ -98,13 +98,13 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
             Verdict::Translate
         }
         Known::Wrap => Verdict::Wrap,
-        Known::No if scope == Scope::Replies => match A::lost_reply(work) {
+        Known::No if scope == Scope::Replies => match lost_reply(frame, work) {
             Verdict::Pass if maps::has_masquerade() && work.lookup.candidate.is_masqueraded => frame.masquerade(work),
             verdict => verdict,
         },
         Known::Elsewhere => Verdict::Pass,
         Known::No => match A::select(work, frame.interface()) {
-            Selection::NONE => match A::lost_reply(work) {
+            Selection::NONE => match lost_reply(frame, work) {
                 Verdict::Pass if maps::has_owned() => match A::unclaimed(work) {
                     Verdict::Reject => reject::<F>(Counter::UnknownPort),
                     verdict => verdict,
@@ -127,13 +127,37 @@ pub(crate) fn decide<'a, A: Packet, F: Hook<A>>(
     (verdict, Some(work))
 }
 
+/// What becomes of a packet that is no flow's: it may be a reply whose slot was lost.
+#[inline(always)]
+fn lost_reply<A: Packet, F: Hook<A>>(frame: &F, work: &mut Work<A>) -> Verdict {
+    match A::lost_reply(work) {
+        Verdict::Lost => frame.lost(work),
+        verdict => verdict,
+    }
+}
+
+/// What becomes of a reply of which nobody knows any more whose it is.
+#[inline(always)]
+pub(crate) fn lost<A: Packet>(frame: &impl Frame, packet: &Parsed<A>) -> Verdict {
+    if forward::has_socket(frame, &packet.tuple) {
+        return Verdict::Pass;
+    }
+    maps::count(Counter::SnatLost);
+    Verdict::Drop
+}
+
 /// Makes the flow of a packet to a service: with another source if it cannot be told from one that there is.
 #[inline(always)]
 fn begin<A, F: Hook<A>>(frame: &F, work: &mut Work<A>, selection: Selection) -> Verdict {
-    match frame.place(work, selection) {
-        Verdict::Conflict => frame.place(work, selection.with_another_source()),
-        verdict => verdict,
+    let mut verdict = frame.place(work, selection);
+    if verdict == Verdict::Conflict {
+        verdict = frame.place(work, selection.with_another_source());
     }
+    if verdict == Verdict::Conflict {
+        maps::count(Counter::FlowConflict);
+        verdict = Verdict::Drop;
+    }
+    verdict
 }
 
 /// Counted by the hook that answers.
@@ -231,7 +255,7 @@ pub(crate) fn needs_snat<A: Packet>(
             return true;
         }
         let tuple = Tuple { destination: backend, ..packet.tuple };
-        let out = forward::way_out(frame, packet, &tuple, interface, now);
+        let out = forward::way_out(frame, &tuple, interface, now);
         maps::interface(out).is_none_or(|interface| interface.role != role::UPLINK)
     });
     // With a source that is wanted in any case, there was a conflict: nothing that is wrapped has one.

@@ -95,7 +95,7 @@ subprogram! {
     }
 
     fn flow_note(fingerprint: u64, segment: u32, now: u32) -> u32 {
-        table::note(&Kernel, Fingerprint(fingerprint), Segment(segment as u8), Ticks(now));
+        balance::note(Kernel, Fingerprint(fingerprint), Segment(segment as u8), Ticks(now));
         0
     }
 
@@ -264,6 +264,12 @@ pub(crate) fn interface_beyond(key: u64) -> u64 {
     directory_interfaces(key)
 }
 
+/// See [`balance::note`].
+#[inline(always)]
+pub(crate) fn note(fingerprint: Fingerprint, segment: Segment, now: Ticks) {
+    flow_note(fingerprint.0, segment.0 as u32, now.0);
+}
+
 /// See [`balance::leave`].
 #[inline(always)]
 pub(crate) fn leave(fingerprint: Fingerprint, data: Data, now: Ticks) {
@@ -327,6 +333,8 @@ pub(crate) trait Hook<A>: Frame + Reach<A> + Join<A> {
     fn place(&self, work: &mut Work<A>, selection: Selection) -> Verdict;
     /// What becomes of a packet that is neither TCP nor UDP.
     fn stray(&self) -> Verdict;
+    /// See [`pipeline::lost`].
+    fn lost(&self, work: &Work<A>) -> Verdict;
     /// Rewrites a packet and sends it on. At TC the result may say that it is too long.
     fn dispatch(&self, work: &Work<A>) -> i32;
     /// The same, wrapping it.
@@ -665,7 +673,7 @@ parts!(
 );
 
 macro_rules! hook {
-    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
+    ($frame:ident, $hook:ident, $context:ty, $as_context:ident, $family:ty, $place:ident, $stray:ident, $lost:ident, $needs_snat:ident, $address:ident, $reserve:ident, $attempt:ident, $source:ident, $dispatch:ident, $wrap:ident) => {
         subprogram! {
             fn $place(context: *mut $context, work: *mut Work<$family>, selection: u64) -> u32 {
                 let Some(work) = given_mut(work) else { return Verdict::Drop as u32 };
@@ -674,6 +682,10 @@ macro_rules! hook {
 
             fn $stray(context: *mut $context) -> u32 {
                 pipeline::stray::<$family>(&$frame::new(context)) as u32
+            }
+
+            fn $lost(context: *mut $context, work: *const Work<$family>) -> u32 {
+                given(work).map_or(Verdict::Drop, |work| pipeline::lost(&$frame::new(context), &work.packet)) as u32
             }
 
             fn $needs_snat(context: *mut $context, packet: *const Parsed<$family>, now: u32, backend: u32, flags: u32) -> u32 {
@@ -752,6 +764,11 @@ macro_rules! hook {
             }
 
             #[inline(always)]
+            fn lost(&self, work: &Work<$family>) -> Verdict {
+                verdict($lost(self.$as_context(), work))
+            }
+
+            #[inline(always)]
             fn dispatch(&self, work: &Work<$family>) -> i32 {
                 $dispatch(self.$as_context(), work)
             }
@@ -772,6 +789,7 @@ hook!(
     Ipv4Be,
     place_v4,
     stray_v4,
+    lost_v4,
     needs_snat_v4,
     address_v4,
     reserve_v4,
@@ -788,6 +806,7 @@ hook!(
     Ipv6Be,
     place_v6,
     stray_v6,
+    lost_v6,
     needs_snat_v6,
     address_v6,
     reserve_v6,
@@ -804,6 +823,7 @@ hook!(
     Ipv4Be,
     xdp_place_v4,
     xdp_stray_v4,
+    xdp_lost_v4,
     xdp_needs_snat_v4,
     xdp_address_v4,
     xdp_reserve_v4,
@@ -820,6 +840,7 @@ hook!(
     Ipv6Be,
     xdp_place_v6,
     xdp_stray_v6,
+    xdp_lost_v6,
     xdp_needs_snat_v6,
     xdp_address_v6,
     xdp_reserve_v6,
@@ -839,6 +860,7 @@ const fn verdict(number: u32) -> Verdict {
     const EXHAUSTED: u32 = Verdict::Exhausted as u32;
     const CONFLICT: u32 = Verdict::Conflict as u32;
     const ECHO: u32 = Verdict::Echo as u32;
+    const LOST: u32 = Verdict::Lost as u32;
     match number {
         PASS => Verdict::Pass,
         TRANSLATE => Verdict::Translate,
@@ -847,6 +869,7 @@ const fn verdict(number: u32) -> Verdict {
         EXHAUSTED => Verdict::Exhausted,
         CONFLICT => Verdict::Conflict,
         ECHO => Verdict::Echo,
+        LOST => Verdict::Lost,
         _ => Verdict::Drop,
     }
 }
@@ -890,11 +913,6 @@ impl Operations for Kernel {
             NOWHERE => None,
             place => Some(Place(place as u32)),
         }
-    }
-
-    #[inline(always)]
-    fn note(self, fingerprint: Fingerprint, segment: Segment, now: Ticks) {
-        flow_note(fingerprint.0, segment.0 as u32, now.0);
     }
 
     #[inline(always)]

@@ -3,6 +3,7 @@
 use netlb_common::{
     addr::{Ipv4Be, Ipv6Be},
     balance::{Scope, Verdict},
+    conntrack::Direction,
     counters::Counter,
     hop::Way,
     maps::{forwarding, log_level},
@@ -61,10 +62,7 @@ where
 {
     let scope = if maps::forwarding() == forwarding::FAST { Scope::Both } else { Scope::Forward };
     let result = match pipeline::decide::<A, _>(frame, scope, |_| true) {
-        (Verdict::Translate, Some(work)) => {
-            account(frame, work);
-            frame.dispatch(work)
-        }
+        (Verdict::Translate, Some(work)) => frame.dispatch(work),
         (Verdict::Wrap, Some(work)) => {
             account(frame, work);
             frame.wrap(work)
@@ -136,6 +134,7 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
     match outcome {
         Outcome::Resolved | Outcome::Unresolved if is_fast => {
             let ttl = if way.has(Way::BRIDGED) { packet.ttl } else { packet.ttl - 1 };
+            account(frame, work);
             match rewrite(frame, packet, translation, ttl) {
                 Ok(()) => forward::send(frame, &way, outcome),
                 Err(_) => forward::refused(),
@@ -146,9 +145,19 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
             maps::count(Counter::NoRoute);
             DROP
         }
-        _ => match rewrite(frame, packet, translation, packet.ttl) {
-            Ok(()) => forward::to_stack(),
-            Err(_) => forward::refused(),
-        },
+        // The kernel could cut it, and refuses what comes in with an address of its own.
+        Outcome::TooBig if translation.has_snat && translation.direction == Direction::Forward => {
+            maps::count(Counter::SnatTooBig);
+            DROP
+        }
+        // So it does with the service's address, if that is the node's. What it cuts is translated as it leaves.
+        Outcome::TooBig if is_fast && !translation.has_snat && translation.direction == Direction::Reply => NEXT,
+        _ => {
+            account(frame, work);
+            match rewrite(frame, packet, translation, packet.ttl) {
+                Ok(()) => forward::to_stack(),
+                Err(_) => forward::refused(),
+            }
+        }
     }
 }

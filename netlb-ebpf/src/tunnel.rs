@@ -27,7 +27,6 @@ use crate::{
     maps::{self, Errand, Kernel, Work},
     pipeline::Packet,
     subprograms::{self, Hook},
-    tc as hook,
 };
 
 pub(crate) mod tc;
@@ -224,10 +223,7 @@ where
         }
     }
     match A::unwrap(frame, found) {
-        UNWRAPPED => {
-            hook::account(frame, work);
-            frame.dispatch(work)
-        }
+        UNWRAPPED => frame.dispatch(work),
         result => result,
     }
 }

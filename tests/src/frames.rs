@@ -126,6 +126,13 @@ impl Packet {
         Self { dont_fragment: false, ..self }
     }
 
+    /// With a payload that makes the datagram so long.
+    #[must_use]
+    pub fn sized(self, len: u16) -> Self {
+        let overhead = self.clone().payload([]).frame().len() - ETHERNET;
+        self.payload(vec![0x5a; usize::from(len) - overhead])
+    }
+
     /// What a network device has of the packet.
     pub fn frame(&self) -> Vec<u8> {
         let (protocol, transport) = self.transport_bytes();

@@ -1,6 +1,6 @@
 //! Services with direct server return: packets from outside are wrapped for backends of other nodes, and unwrapped there.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use netlb::config::Forwarding;
 use netlb::datapath::kernel::testing::{Program, Site};
@@ -48,12 +48,6 @@ fn overhead(family: Family) -> u16 {
     if family == Family::V4 { 20 } else { 40 }
 }
 
-/// A packet whose datagram has a length.
-fn sized(packet: Packet, len: u16) -> Packet {
-    let overhead = packet.clone().payload([]).frame().len() - ETHERNET;
-    packet.payload(vec![0x5a; usize::from(len) - overhead])
-}
-
 #[test]
 fn packets_from_outside_are_wrapped_for_a_backend_of_another_node() -> TestResult {
     for forwarding in [Forwarding::Fast, Forwarding::Stack] {
@@ -89,6 +83,21 @@ fn packets_from_outside_are_wrapped_for_a_backend_of_another_node() -> TestResul
 }
 
 #[test]
+fn a_flow_that_begins_with_a_packet_too_long_for_its_way_is_wrapped() -> TestResult {
+    let mut lab = balancer(Lab::fast()?)?;
+    for case in CASES {
+        lab.begin([dsr(case, &[3])]);
+        let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
+        lab.from_clients(case.packet(client, vip).sized(BACKENDS_MTU + 1).frame());
+        assert_eq!(lab.count(Counter::TooBig), 1, "{case}");
+        let packet = case.segment(client, vip, ACK);
+        let expected = Outcome { verdict: REDIRECT, frame: sent(case, &packet, backend) };
+        assert_eq!(lab.from_clients(packet.frame()), expected, "{case}");
+    }
+    Ok(())
+}
+
+#[test]
 fn xdp_wraps_them_too() -> TestResult {
     let mut lab = balancer(Lab::fast()?)?;
     for case in CASES {
@@ -106,7 +115,7 @@ fn xdp_wraps_them_too() -> TestResult {
         assert_eq!(lab.counts(), counted, "{case}");
         let stats = lab.stats(&service).service;
         assert_eq!((stats.packets_in, stats.bytes_in), (3, bytes), "{case}: as they came");
-        let long = sized(case.segment(client, vip, ACK), BACKENDS_MTU - overhead(case.family) + 1).frame();
+        let long = case.segment(client, vip, ACK).sized(BACKENDS_MTU - overhead(case.family) + 1).frame();
         assert_eq!(lab.xdp_from_clients(&long), Outcome { verdict: XDP_PASS, frame: long }, "{case}: for TC");
     }
     Ok(())
@@ -140,10 +149,10 @@ fn what_does_not_fit_with_one_more_header_is_answered_or_dropped() -> TestResult
         let (client, vip, backend) = (case.client(40000), case.vip(80), case.backend(3));
         let most = BACKENDS_MTU - overhead(case.family);
         for _ in 0..2 {
-            let fits = sized(case.packet(client, vip), most);
+            let fits = case.packet(client, vip).sized(most);
             let expected = sent(case, &fits, backend);
             assert_eq!(lab.from_clients(fits.frame()), Outcome { verdict: REDIRECT, frame: expected }, "{case}");
-            let long = sized(case.segment(client, vip, ACK), most + 1);
+            let long = case.segment(client, vip, ACK).sized(most + 1);
             let out = lab.from_clients(long.frame());
             assert_eq!((out.verdict, &out.frame[..6]), (REDIRECT, &long.from_mac[..]), "{case}: sent back");
             let mtu = match case.family {
@@ -159,7 +168,7 @@ fn what_does_not_fit_with_one_more_header_is_answered_or_dropped() -> TestResult
             assert_eq!(mtu, most, "{case}");
             assert_eq!(lab.count(Counter::TooBig), 1, "{case}");
             if case.family == Family::V4 {
-                let out = lab.from_clients(sized(case.packet(client, vip), most + 1).may_fragment().frame());
+                let out = lab.from_clients(case.packet(client, vip).sized(most + 1).may_fragment().frame());
                 assert_eq!(out.verdict, DROP, "{case}");
                 assert_eq!(lab.count(Counter::DsrTooBig), 1, "{case}");
             }
@@ -542,8 +551,19 @@ fn what_is_not_to_be_unwrapped_passes_bit_for_bit() -> TestResult {
         let of_stranger = wrapped(&packet.frame(), stranger(case), backend.ip());
         let of_nobody = handed(case, &case.packet(client, case.vip(81)), backend);
         let leads_on = handed(case, &packet, SocketAddr::new(case.host(1, 20), 8080));
-        let mut passing =
-            vec![("a stranger's", of_stranger), ("no service's", of_nobody), ("another node's", leads_on)];
+        let loopback = |port| {
+            SocketAddr::new(
+                if case.family == Family::V4 { [127, 0, 0, 1].into() } else { Ipv6Addr::LOCALHOST.into() },
+                port,
+            )
+        };
+        let of_loopback = handed(case, &case.packet(loopback(40000), vip), backend);
+        let mut passing = vec![
+            ("a stranger's", of_stranger),
+            ("no service's", of_nobody),
+            ("another node's", leads_on),
+            ("from a loopback address", of_loopback),
+        ];
         for len in ETHERNET + usize::from(overhead(case.family))..accepted.len() - packet.payload.len() - 12 {
             passing.push(("cut off", accepted[..len].to_vec()));
         }

@@ -140,6 +140,24 @@ fn a_late_syn_leaves_an_established_connection_where_it_is() -> TestResult {
     Ok(())
 }
 
+/// SYNs sent again, once in a while, do not keep a flow with a backend that is gone.
+#[test]
+fn a_client_that_begins_anew_is_let_go_by_a_backend_that_is_gone() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for family in Family::BOTH {
+        let case = Case::tcp(family);
+        lab.begin([case.service(&[2])]);
+        let (client, vip) = (case.client(40000), case.vip(80));
+        lab.connect(case, client, vip);
+        lab.serve([case.service(&[1])]);
+        for expected in [2, 2, 1] {
+            lab.age(25);
+            assert_eq!(lab.backend_of(&case.segment(client, vip, SYN)), case.backend(expected), "{family}");
+        }
+    }
+    Ok(())
+}
+
 /// Who sends a segment.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Side {

@@ -15,7 +15,7 @@ use netlb_common::network::Networks;
 use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, ETHERNET, Packet, SYN_ACK};
 use netlb_integration::lab::{
-    BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, Case, DROP, Lab, Outcome, PASS, REDIRECT, mac,
+    BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, Case, DROP, Lab, Outcome, PASS, REDIRECT, mac, source,
 };
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::Family;
@@ -52,7 +52,7 @@ fn between_an_uplink_and_a_pod_packets_are_translated() -> TestResult {
                 let reply = case.segment(backend, client, SYN_ACK).frame();
                 let at_ingress = lab.from_backends(&reply);
                 let out = if at_ingress.verdict == REDIRECT { at_ingress } else { lab.to_clients(&reply) };
-                assert_eq!(netlb_integration::lab::source(&out.frame), case.vip(80), "{case}");
+                assert_eq!(source(&out.frame), case.vip(80), "{case}");
                 assert_eq!(lab.count(Counter::NeedsSnat), 0, "{case}");
             }
         }
@@ -65,7 +65,7 @@ fn a_packet_as_long_as_the_way_takes_is_sent_on() -> TestResult {
     let mut lab = Lab::fast()?;
     for case in CASES {
         lab.begin([case.service(&[3])]);
-        let request = sized(case.packet(case.client(40000), case.vip(80)), BACKENDS_MTU);
+        let request = case.packet(case.client(40000), case.vip(80)).sized(BACKENDS_MTU);
         let backend = case.backend(3);
         let frame = request.clone().to(backend).ttl(60).macs(mac(backend.ip()), BACKENDS_MAC).frame();
         assert_eq!(lab.from_clients(request.frame()), Outcome { verdict: REDIRECT, frame }, "{case}");
@@ -80,7 +80,7 @@ fn a_packet_too_long_for_the_way_is_answered() -> TestResult {
         for case in CASES {
             for len in [BACKENDS_MTU + 1, 1499, 1500] {
                 lab.begin([case.service(&[3])]);
-                let request = sized(case.packet(case.client(40000), case.vip(80)), len);
+                let request = case.packet(case.client(40000), case.vip(80)).sized(len);
                 let out = lab.from_clients(request.frame());
                 assert_eq!(out.verdict, REDIRECT, "{case}: {len} bytes");
                 assert_too_big(&out.frame, &request, BACKENDS_MTU, &format!("{case}: {len} bytes"));
@@ -119,7 +119,7 @@ fn a_reply_too_long_for_the_way_is_answered() -> TestResult {
         let (client, backend) = (case.client(40000), case.backend(3));
         lab.backend_of(&case.packet(client, case.vip(80)));
         lab.counts();
-        let reply = sized(case.segment(backend, client, ACK), 1600);
+        let reply = case.segment(backend, client, ACK).sized(1600);
         let out = lab.from_backends(reply.frame());
         assert_eq!(out.verdict, REDIRECT, "{case}");
         // The backend is told of the packet that it sent.
@@ -135,11 +135,35 @@ fn a_long_packet_that_may_be_fragmented_is_the_stacks() -> TestResult {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let case = Case { family: Family::V4, protocol };
             lab.begin([case.service(&[3])]);
-            let request = sized(case.packet(case.client(40000), case.vip(80)).may_fragment(), 1500);
+            let request = case.packet(case.client(40000), case.vip(80)).may_fragment().sized(1500);
             let frame = request.clone().to(case.backend(3)).frame();
             assert_eq!(lab.from_clients(request.frame()), Outcome { verdict: PASS, frame }, "{case}");
             assert_eq!(lab.counts(), [(Counter::ToStack, 1), (Counter::FlowsCreated, 1)], "{case}");
         }
+    }
+    Ok(())
+}
+
+/// The kernel takes nothing that comes in with an address of its own, which the service's may be. So it forwards the backend's, and what
+/// leaves is translated.
+#[test]
+fn a_long_reply_that_may_be_fragmented_is_translated_as_it_leaves() -> TestResult {
+    let mut lab = Lab::fast()?;
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let case = Case { family: Family::V4, protocol };
+        let service = case.service(&[3]);
+        lab.begin([service.clone()]);
+        let (client, vip) = (case.client(40000), case.vip(80));
+        let backend = lab.connect(case, client, vip);
+        let before = lab.stats(&service).service.packets_out;
+        let reply = case.segment(backend, client, ACK).may_fragment();
+        let long = reply.clone().sized(1501).frame();
+        assert_eq!(lab.from_backends(&long), Outcome { verdict: PASS, frame: long.clone() }, "{case}");
+        assert_eq!(lab.stats(&service).service.packets_out, before, "{case}: not counted twice");
+        // As the kernel cuts it.
+        let out = lab.to_clients(reply.sized(1496).frame());
+        assert_eq!((out.verdict, source(&out.frame)), (PASS, vip), "{case}");
+        assert_eq!(lab.stats(&service).service.packets_out, before + 1, "{case}");
     }
     Ok(())
 }
@@ -304,12 +328,6 @@ fn the_verifier_has_an_easy_time() -> TestResult {
         }
     }
     Ok(())
-}
-
-/// A packet whose datagram has a length.
-fn sized(packet: Packet, len: u16) -> Packet {
-    let overhead = packet.clone().payload([]).frame().len() - ETHERNET;
-    packet.payload(vec![0x5a; usize::from(len) - overhead])
 }
 
 /// A frame is the message that tells the sender of a packet how long its packets may be, from where it sent it to.

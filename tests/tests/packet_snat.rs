@@ -1,23 +1,24 @@
 //! Clients get an address of the node as their source where a backend's replies would not come back otherwise.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
 use netlb::config::{Forwarding, Limits, Snat};
 use netlb::datapath::kernel::testing::{Program, Site};
-use netlb::model::SnatMode;
+use netlb::model::{Protocol, SnatMode};
 use netlb_common::conntrack::Direction;
 use netlb_common::counters::Counter;
 use netlb_common::maps::{Interface, role};
 use netlb_integration::exec::Cmd;
 use netlb_integration::frames::{ACK, SYN_ACK};
 use netlb_integration::lab::{
-    self, BACKENDS, BACKENDS_MAC, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, REDIRECT,
-    XDP_REDIRECT, destination, mac, source,
+    self, BACKENDS, BACKENDS_MAC, BACKENDS_MTU, CASES, CLIENTS, CLIENTS_MAC, Case, DROP, LIMITS, Lab, Outcome, PASS,
+    REDIRECT, XDP_DROP, XDP_PASS, XDP_REDIRECT, destination, mac, source,
 };
 use netlb_integration::testing::TestResult;
+use netlb_integration::topology::Family;
 
 const UPLINK: Interface = Interface { role: role::UPLINK, flags: 0, pad: 0, master: 0 };
 /// The ports that clients get.
@@ -246,6 +247,107 @@ fn either_half_of_a_flow_comes_back() -> TestResult {
         let out = lab.from_backends(&reply);
         assert_eq!((source(&out.frame), destination(&out.frame)), (vip, client), "{case}: reply");
         lab.counts();
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_that_is_to_keep_its_backend_gets_another_source_there() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for index in [CLIENTS, BACKENDS] {
+        lab.harness.set_interface(index, Interface { role: role::POD, ..Interface::default() })?;
+    }
+    for case in CASES {
+        lab.begin([case.service(&[1, 2, 3, 4]), case.service_at(81, &[1, 2, 3, 4])]);
+        lab.configure(case, case.vip(80), |config| config.affinity = 100);
+        let keeps = lab.backend_of(&case.packet(case.client(39_999), case.vip(80)));
+        for port in 40_000..40_010 {
+            let client = case.client(port);
+            let other = lab.backend_of(&case.packet(client, case.vip(81)));
+            let out = lab.from_clients(case.packet(client, case.vip(80)).frame());
+            assert_eq!(destination(&out.frame), keeps, "{case}, {port}");
+            assert_eq!(source(&out.frame) == client, other != keeps, "{case}, {port}");
+        }
+        assert_eq!(lab.count(Counter::FlowConflict), 0, "{case}");
+    }
+    Ok(())
+}
+
+/// The node talks to backends past their services too, from ports that clients are given as well.
+#[test]
+fn a_reply_to_a_socket_of_the_node_is_its_own() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for case in CASES {
+        lab.begin([case.service(&[3])]);
+        let backend = case.backend(3);
+        lab.from_clients(case.packet(case.client(40000), case.vip(80)).frame());
+        lab.counts();
+        let socket = |port| SocketAddr::new(node(case), port);
+        let (_datagrams, _streams);
+        if case.protocol == Protocol::Udp {
+            _datagrams = UdpSocket::bind(socket(62_000))?;
+        } else {
+            _streams = TcpListener::bind(socket(62_000))?;
+        }
+        let reply = case.segment(backend, socket(62_000), SYN_ACK).frame();
+        assert_eq!(lab.from_backends(&reply), Outcome { verdict: PASS, frame: reply.clone() }, "{case}");
+        assert_eq!(lab.xdp_from_backends(&reply), Outcome { verdict: XDP_PASS, frame: reply }, "{case}");
+        assert_eq!(lab.counts(), [], "{case}");
+        let lost = case.segment(backend, socket(62_001), SYN_ACK).frame();
+        assert_eq!(
+            (lab.from_backends(&lost).verdict, lab.xdp_from_backends(&lost).verdict),
+            (DROP, XDP_DROP),
+            "{case}"
+        );
+        assert_eq!(lab.counts(), [(Counter::SnatLost, 2)], "{case}");
+    }
+    Ok(())
+}
+
+/// Where a flow goes does not depend on how long its first packet is.
+#[test]
+fn a_flow_that_begins_with_a_packet_too_long_for_its_way_gets_the_nodes_address() -> TestResult {
+    for mode in [SnatMode::Auto, SnatMode::Always] {
+        for is_xdp in [false, true] {
+            let mut lab = Lab::fast()?;
+            gateway(&mut lab)?;
+            for case in CASES {
+                lab.begin([case.service(&[3]).with_snat(mode)]);
+                let (client, vip) = (case.client(40000), case.vip(80));
+                let what = format!("{case}, {mode:?}, XDP: {is_xdp}");
+                let long = case.packet(client, vip).sized(BACKENDS_MTU + 1).frame();
+                if is_xdp {
+                    assert_eq!(lab.xdp_from_clients(&long).verdict, XDP_PASS, "{what}");
+                }
+                assert_eq!(lab.from_clients(&long).verdict, REDIRECT, "{what}");
+                assert_eq!(lab.count(Counter::TooBig), 1, "{what}");
+                let out = lab.from_clients(case.segment(client, vip, ACK).frame());
+                assert_eq!((out.verdict, source(&out.frame).ip()), (REDIRECT, node(case)), "{what}");
+                assert_eq!(lab.count(Counter::NeedsSnat), 0, "{what}");
+                // Others would follow the way that is known now.
+                lab.harness.programmer_mut().flush_flows(&Default::default());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The kernel would cut it, and refuses what comes in with an address of its own.
+#[test]
+fn a_long_packet_with_the_nodes_address_that_may_be_fragmented_is_dropped() -> TestResult {
+    let mut lab = Lab::fast()?;
+    gateway(&mut lab)?;
+    for case in CASES.into_iter().filter(|case| case.family == Family::V4) {
+        let service = case.service(&[3]);
+        lab.begin([service.clone()]);
+        let packet = case.packet(case.client(40000), case.vip(80)).may_fragment();
+        assert_eq!(lab.from_clients(packet.clone().sized(1500).frame()).verdict, DROP, "{case}");
+        assert_eq!(lab.count(Counter::SnatTooBig), 1, "{case}");
+        assert_eq!(lab.stats(&service).service.packets_in, 0, "{case}");
+        assert_eq!(lab.from_clients(packet.sized(BACKENDS_MTU).frame()).verdict, REDIRECT, "{case}");
+        assert_eq!(lab.stats(&service).service.packets_in, 1, "{case}");
     }
     Ok(())
 }

@@ -146,10 +146,9 @@ fn what_is_too_long_for_its_way_is_left_to_tc() -> TestResult {
         lab.begin([case.service(&[3])]);
         let request = case.packet(case.client(40000), case.vip(80));
         assert_eq!(lab.xdp_from_clients(request.frame()).verdict, XDP_REDIRECT, "{case}");
-        let overhead = request.clone().payload([]).frame().len() - ETHERNET;
-        let sized = |len: u16| request.clone().payload(vec![7; usize::from(len) - overhead]).frame();
-        assert_eq!(lab.xdp_from_clients(sized(BACKENDS_MTU)).verdict, XDP_REDIRECT, "{case}");
-        let long = sized(BACKENDS_MTU + 1);
+        let fits = request.clone().sized(BACKENDS_MTU).frame();
+        assert_eq!(lab.xdp_from_clients(fits).verdict, XDP_REDIRECT, "{case}");
+        let long = request.sized(BACKENDS_MTU + 1).frame();
         let out = lab.xdp_from_clients(&long);
         assert!(out == Outcome { verdict: XDP_PASS, frame: long }, "{case}: verdict {}", out.verdict);
     }

@@ -43,6 +43,10 @@ impl At {
 #[inline(always)]
 pub fn backend_at<A: Family, T: Tables>(tables: T, packet: &Parsed<A>, at: impl Fn(u32, u32) -> u32) -> At {
     let tuple = &packet.tuple;
+    // Of those each node has its own.
+    if tuple.source.to_map().is_loopback() || tuple.destination.to_map().is_loopback() {
+        return At::NO_SERVICE;
+    }
     let key = EndpointKey::new(tuple.destination.to_map(), tuple.destination_port, tuple.protocol);
     let Some((index, config)) = in_force(&tables, &key) else { return At::NO_SERVICE };
     let is_hashed = config.algorithm == algorithm::MAGLEV && config.affinity == 0;

@@ -115,6 +115,12 @@ impl Selection {
         Self(self.0 | Self::ANOTHER_SOURCE | Self::CONFLICT)
     }
 
+    /// Where the node has none to give.
+    #[inline(always)]
+    pub(super) const fn with_its_own_source(self) -> Self {
+        Self(self.0 & !Self::ANOTHER_SOURCE)
+    }
+
     #[inline(always)]
     pub(super) const fn has_another_source(self) -> bool {
         self.0 & Self::ANOTHER_SOURCE != 0

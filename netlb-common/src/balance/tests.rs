@@ -1,13 +1,16 @@
 //! Who serves a new flow.
 
-use std::{collections::HashMap, vec};
+use std::{
+    collections::{HashMap, HashSet},
+    vec,
+};
 
 use super::*;
 use crate::{
     addr::{Address as _, Ipv4Be},
     conntrack::Segment,
     maps::algorithm,
-    testing::Maps as Node,
+    testing::{Maps as Node, Memory},
     wire::Part,
 };
 
@@ -232,6 +235,50 @@ fn a_client_keeps_its_backend_until_that_is_of_no_use() {
     node.affinity.borrow_mut().clear();
     node.affinity.borrow_mut().insert(AffinityKey::new(key.client, 4, 17), Affinity::new(other, NOW));
     assert_eq!(next(&node), of_ring, "by another protocol");
+}
+
+/// A client that uses its port again where its first flow still has it.
+#[test]
+fn another_source_is_better_than_another_backend_for_clients_that_keep_theirs() {
+    let mut node = node();
+    node.configs[1] =
+        Config { key: EndpointKey { port: PortBe::new(81), ..node.configs[0].key }, frontend: 2, ..node.configs[0] };
+    node.services.insert(node.configs[1].key, ConfigRef::new(1, node.configs[1].generation));
+    let second = |port| {
+        let mut packet = Node::packet(port, SYN);
+        packet.tuple.destination_port = PortBe::new(81);
+        packet
+    };
+    for (affinity, algorithm, expected) in [
+        (0, algorithm::MAGLEV, Verdict::Translate),
+        (100, algorithm::MAGLEV, Verdict::Conflict),
+        (0, algorithm::SOURCE_HASH, Verdict::Conflict),
+    ] {
+        for config in &mut node.configs {
+            (config.affinity, config.algorithm) = (affinity, algorithm);
+        }
+        for port in 40_000..40_020 {
+            assert_eq!(node.place(&Node::packet(port, SYN)).0, Verdict::Translate);
+            let remembered = node.affinity.borrow().clone();
+            assert_eq!(node.place(&second(port)).0, expected, "{affinity}, {algorithm}, {port}");
+            assert_eq!(*node.affinity.borrow(), remembered);
+        }
+        node.flows = Memory::new(64);
+    }
+}
+
+#[test]
+fn a_backend_that_serves_only_those_sent_to_this_node_gets_no_others() {
+    let mut node = node();
+    for backend in &mut node.backends[2..] {
+        backend.flags |= Backend::ONLY_LOCAL;
+    }
+    for port in 40_000..40_020 {
+        assert_eq!(node.place(&Node::packet(port, SYN)), (Verdict::Translate, node.backends[1].addr), "{port}");
+    }
+    node.configs[0].flags = Config::LOCAL;
+    let backends: HashSet<_> = (40_020..40_060).map(|port| node.place(&Node::packet(port, SYN)).1).collect();
+    assert_eq!(backends.len(), 3);
 }
 
 #[test]

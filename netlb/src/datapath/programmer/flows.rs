@@ -182,6 +182,42 @@ impl<M: Maps> Programmer<M> {
         }
     }
 
+    /// Removes the datagram flows of frontends that went since. Connections end some time, and live on with their backends until then;
+    /// datagrams may go on for ever, and be another service's by now.
+    pub(super) fn cut_datagrams(&mut self) {
+        const UDP: u8 = 17;
+        self.waiting.cut.retain(|id| self.waiting.frontends.contains(id));
+        let is_in_force =
+            |key: &EndpointKey, id| self.served.get(key).is_some_and(|served| served.config.frontend == id);
+        let is_gone = |id: &u32| {
+            let key = self.frontends.get(*id).map(|frontend| frontend.key);
+            !self.waiting.cut.contains(id)
+                && key.is_some_and(|key| {
+                    key.protocol == UDP && !is_in_force(&key, *id) && !is_in_force(&outside(key), *id)
+                })
+        };
+        let gone: HashSet<_> = self.waiting.frontends.iter().copied().filter(is_gone).collect();
+        if gone.is_empty() {
+            return;
+        }
+        let storage = self.maps.flows();
+        let is_datagrams =
+            |data: Data| data.state() == FlowState::UDP_ONE_WAY || data.state() == FlowState::UDP_BOTH_WAYS;
+        for (place, slot, data) in self.live(|data| is_datagrams(data) && !data.is_masqueraded()) {
+            let fingerprint = Fingerprint(slot.fingerprint.load());
+            let frontend = match data.direction() {
+                Direction::Forward => {
+                    storage.record(place).and_then(|record| record.read(fingerprint)).map(|flow| flow.frontend)
+                }
+                Direction::Reply => Some(data.id()),
+            };
+            if frontend.is_some_and(|id| gone.contains(&id)) {
+                self.release(slot, fingerprint);
+            }
+        }
+        self.waiting.cut.extend(gone);
+    }
+
     /// Clears expired flows in the next part of the table, so that none revives when time has wrapped.
     pub(super) fn sweep(&mut self) {
         let storage = self.maps.flows();

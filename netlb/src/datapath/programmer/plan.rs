@@ -125,7 +125,8 @@ impl<'a> Plan<'a> {
             flags |= Config::RANGES | if_so(self.resolved.ranges_have_node, Config::RANGES_HAVE_NODE);
         }
         flags |= if_so(frontend.kind == Kind::Node, Config::NODE);
-        flags |= if_so(self.service.definition().mode == Mode::Dsr, Config::DSR);
+        // The backend's node does not know this one's addresses for the service's.
+        flags |= if_so(self.service.definition().mode == Mode::Dsr && frontend.kind != Kind::Node, Config::DSR);
         flags | if_so(self.resolved.drops(rule.set), Config::DROP) | if_so(rule.set == Set::Local, Config::LOCAL)
     }
 

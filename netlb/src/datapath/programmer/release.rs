@@ -46,6 +46,8 @@ pub(super) struct Resting {
 pub(super) struct Waiting {
     pub(super) frontends: BTreeSet<u32>,
     pub(super) backends: BTreeSet<u32>,
+    /// Of the frontends, those whose datagram flows were removed.
+    pub(super) cut: BTreeSet<u32>,
     scanned: Ticks,
     /// Ticks from that scan to the next.
     pause: u32,
@@ -53,7 +55,8 @@ pub(super) struct Waiting {
 
 impl Waiting {
     pub(super) const fn new(now: Ticks) -> Self {
-        Self { frontends: BTreeSet::new(), backends: BTreeSet::new(), scanned: now, pause: SCAN_TICKS }
+        let none = BTreeSet::new;
+        Self { frontends: none(), backends: none(), cut: none(), scanned: now, pause: SCAN_TICKS }
     }
 
     fn is_empty(&self) -> bool {
@@ -73,6 +76,7 @@ impl<M: Maps> Programmer<M> {
         self.sweep();
         self.sweep_affinity();
         self.count_loads();
+        self.cut_datagrams();
         self.rest();
         if !self.waiting.is_empty() && (self.clock)().0.wrapping_sub(self.waiting.scanned.0) >= self.waiting.pause {
             self.scan();

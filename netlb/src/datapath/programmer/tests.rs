@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     dataplane::{FlowFilter, FlowService, ServiceStats},
-    model::{self, Algorithm, BackendState, Definition, Owner, SnatMode, TrafficPolicy, Weight},
+    model::{self, Algorithm, BackendState, Definition, Mode, Owner, SnatMode, TrafficPolicy, Weight},
 };
 
 const ROOMY: Sizes = Sizes {
@@ -543,6 +543,25 @@ fn a_frontend_moves_by_one_switch() {
         bench.rest();
         bench.assert_empty();
     }
+}
+
+#[test]
+fn datagrams_go_where_their_frontend_moved() {
+    let mut bench = Bench::new();
+    let (dns, other) = ("10.96.0.30:53/udp", "10.96.0.31:53/udp");
+    bench.serve(&[service("one", &[dns, other], &[A]), service("two", &["10.96.0.32:53/udp"], &[B])]);
+    bench.begin_flow(dns, 7).unwrap();
+    bench.begin_flow(other, 8).unwrap();
+    bench.tick(1);
+    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 9).len(), 2);
+    bench.serve(&[service("one", &[other], &[A]), service("two", &["10.96.0.32:53/udp", dns], &[B])]);
+    bench.tick(1);
+    let left = bench.programmer.flows(&FlowFilter::default(), 9);
+    assert_eq!(left.iter().map(|flow| flow.client.port()).collect::<Vec<_>>(), [8], "that of the frontend that stayed");
+    assert_eq!(bench.programmer.maps.live(), 2, "both directions");
+    bench.begin_flow(dns, 9).unwrap();
+    bench.tick(1);
+    assert_eq!(bench.programmer.flows(&FlowFilter::default(), 9).len(), 2, "a new one stays");
 }
 
 #[test]
@@ -1454,6 +1473,16 @@ fn node_ports_follow_the_addresses_of_the_node() {
     assert_eq!(bench.programmer.set_node(node(&["198.51.100.2"])).changed, 1);
     bench.assert_serves(&desired);
     assert_eq!(bench.apply(&desired).changed, 0);
+}
+
+/// A backend's node knows the service's addresses, and not those of the node that packets were sent to.
+#[test]
+fn ports_of_the_node_have_no_direct_server_return() {
+    let mut bench = Bench::at(node(&["198.51.100.1"]));
+    bench.serve(&[shop(|shop| shop.mode = Mode::Dsr)]);
+    for (frontend, is_direct) in [(WEB, true), (EXTERNAL, true), (NODE_PORT, false)] {
+        assert_eq!(bench.config(frontend).flags & Config::DSR != 0, is_direct, "{frontend}");
+    }
 }
 
 #[test]

@@ -183,11 +183,12 @@ impl Records {
     }
 }
 
-/// Whether a socket is to leave its backend: if that serves no more, and its service is gone or has others. A service with no backend at
-/// all cuts nothing.
+/// Whether a socket is to leave its backend: if that serves no more, or not the service that has the frontend now; and that service is gone or
+/// has others. A service with no backend at all cuts nothing.
 fn is_to_leave((addr, port): (Addr, PortBe), backend: &Backend, config: Option<&Config>) -> bool {
     let is_it = backend.addr == addr && backend.port == port && backend.protocol == udp::PROTOCOL;
-    let serves = is_it && backend.flags & Backend::SERVING != 0;
+    let is_anothers = config.is_some_and(|config| config.service != backend.service);
+    let serves = is_it && backend.flags & Backend::SERVING != 0 && !is_anothers;
     !serves && config.is_none_or(|config| config.ring_len != 0)
 }
 
@@ -199,7 +200,7 @@ mod tests {
     fn a_socket_leaves_what_serves_no_more_unless_there_is_nowhere_to_go() {
         let (addr, port) = (Addr::from_v4([10, 244, 1, 2]), PortBe::new(53));
         let is_left = |backend: Backend, config: Option<u32>| {
-            let config = config.map(|ring_len| Config { ring_len, ..Config::default() });
+            let config = config.map(|ring_len| Config { ring_len, service: 1, ..Config::default() });
             is_to_leave((addr, port), &backend, config.as_ref())
         };
         let serving =
@@ -207,6 +208,9 @@ mod tests {
         for config in [None, Some(0), Some(251)] {
             assert!(!is_left(serving, config), "it drains or takes new flows");
         }
+        let of_another = Backend { service: 2, ..serving };
+        assert!(is_left(of_another, Some(251)), "its frontend moved to another service");
+        assert!(!is_left(of_another, None) && !is_left(of_another, Some(0)));
         let other = Backend { addr: Addr::from_v4([10, 244, 1, 3]), ..serving };
         for gone in [Backend { flags: 0, ..serving }, other] {
             assert!(is_left(gone, Some(251)), "the service has others");
