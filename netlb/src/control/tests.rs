@@ -165,6 +165,22 @@ async fn a_file_service_that_fails_is_out_of_sync_and_tried_again() {
 }
 
 #[tokio::test]
+async fn what_fails_as_the_node_changes_stays_out_of_sync_until_it_is_served() {
+    let it = Loop::start(vec![service("file", "10.0.0.9:1/tcp")]);
+    it.control.status().await.unwrap();
+    it.dataplane.fill_up("file");
+    it.dataplane.lock().moved.push("file".to_owned());
+    let now = SystemTime::now();
+    for second in 0..3 {
+        it.control.tick(now + Duration::from_secs(second));
+        assert_eq!(it.control.status().await.unwrap().out_of_sync[0].service, "file");
+    }
+    it.dataplane.lock().fails.clear();
+    it.control.tick(now + Duration::from_secs(31));
+    assert!(it.control.status().await.unwrap().out_of_sync.is_empty());
+}
+
+#[tokio::test]
 async fn flows_are_listed_counted_and_flushed_by_any_name_of_the_service() {
     let it = Loop::start(vec![service("a", "10.0.0.1:1/tcp"), service("b", "10.0.0.2:1/tcp")]);
     it.control.status().await.unwrap();

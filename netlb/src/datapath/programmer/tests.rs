@@ -1457,6 +1457,31 @@ fn node_ports_follow_the_addresses_of_the_node() {
 }
 
 #[test]
+fn what_has_no_room_at_a_new_address_is_tried_again_until_it_has() {
+    let ports = |name: &str, port: &str| {
+        defined(name, |ports| {
+            ports.node_ports.push(node_port(port));
+            ports.backends = vec![placed(1, true)];
+        })
+    };
+    let both = [ports("one", "30080/tcp"), ports("two", "30081/tcp")];
+    let all = [both.clone().as_slice(), &[web(&[A])]].concat();
+    let mut bench = Bench::with(Sizes { services: 4, ..ROOMY });
+    bench.programmer.set_node(node(&["198.51.100.1"]));
+    bench.serve(&all);
+    let failed = bench.programmer.set_node(node(&["198.51.100.1", "198.51.100.2"])).failed;
+    let full = ApplyError::MapFull { map: "SERVICES", size: 4, option: "limits.services" };
+    assert!(matches!(&failed[..], [(_, error)] if *error == full), "{failed:?}");
+    for _ in 0..2 {
+        assert_eq!(bench.apply(&all).failed, failed);
+    }
+    assert_eq!(bench.serve(&both), 2, "one gains an address, another goes");
+    bench.log();
+    assert_eq!(bench.serve(&both), 0);
+    assert_eq!(bench.log(), []);
+}
+
+#[test]
 fn the_programs_are_told_of_node_ports_while_they_are_served() {
     let mut bench = Bench::at(node(&["198.51.100.1", "198.51.100.2"]));
     let port = |protocol| NodePortKey::new(PortBe::new(30_080), protocol);
