@@ -8,7 +8,7 @@ use std::{
     io,
     path::PathBuf,
     thread::{self, JoinHandle},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context as _;
@@ -207,7 +207,7 @@ async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control,
 /// Ticks each second until the control loop ends, in a thread of its own: a timer of the runtime takes several turns of it each time.
 fn start_ticks(control: Control) -> io::Result<()> {
     let tick = move || {
-        while control.tick(SystemTime::now()) {
+        while control.tick(Instant::now()) {
             thread::sleep(Duration::from_secs(1));
         }
     };

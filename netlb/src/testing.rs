@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     thread::JoinHandle,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
@@ -188,7 +188,7 @@ impl Dataplane for MemoryDataplane {
         }
     }
 
-    fn tick(&mut self, _now: SystemTime) -> ApplyReport {
+    fn tick(&mut self) -> ApplyReport {
         let mut memory = self.lock();
         memory.ticks += 1;
         let mut report = ApplyReport::default();

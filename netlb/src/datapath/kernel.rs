@@ -9,7 +9,7 @@ use std::{
     fmt, fs,
     net::IpAddr,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -348,8 +348,8 @@ impl Dataplane for Datapath {
         }
     }
 
-    fn tick(&mut self, now: SystemTime) -> ApplyReport {
-        self.programmer.tick(now);
+    fn tick(&mut self) -> ApplyReport {
+        self.programmer.tick();
         let report = self.programmer.set_node(self.site.node(&self.interfaces.status().facts));
         self.follow(report)
     }

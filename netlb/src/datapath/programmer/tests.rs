@@ -1,7 +1,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
-    time::SystemTime,
 };
 
 use netlb_common::maps::{Backend, NodePortKey, RangeKey, family};
@@ -72,7 +71,7 @@ impl Bench {
 
     fn tick(&mut self, ticks: u32) {
         self.clock.advance(ticks);
-        self.programmer.tick(SystemTime::UNIX_EPOCH);
+        self.programmer.tick();
     }
 
     /// Until nothing waits that no flow names.
