@@ -12,6 +12,7 @@ use netlb_integration::load::{self, KeptConnection, Load};
 use netlb_integration::servers::{self, Protocol, Server};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Pod};
+use nix::sys::signal::Signal;
 
 /// Times a backend is added, drained and removed, the families taking turns.
 const ROUNDS: usize = 200;
@@ -164,5 +165,14 @@ fn traffic_flows_on_while_the_daemon_is_stopped_killed_and_started_again() -> Te
         let total = load.stop().remove(0);
         assert_eq!(total.failed, 0, "{family}: of {} requests: {:?}", total.requests, total.failures);
     }
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_starts_is_not_ended_by_the_signal_to_read_its_file() -> TestResult {
+    let _alone = ALONE.lock();
+    let cluster = web(1)?;
+    cluster.netlb.stop()?;
+    cluster.netlb.restart_with(cluster.bed.node_a(), Signal::SIGHUP)?;
     Ok(())
 }
