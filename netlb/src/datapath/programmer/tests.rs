@@ -768,6 +768,7 @@ fn a_new_daemon_takes_away_what_makes_no_sense() {
     let (web_ref, stray) = (bench.maps().services[&key(WEB)], key("10.96.0.77:80/tcp"));
     bench.maps().watches = false;
     bench.maps().set_service(&stray, web_ref).unwrap();
+    bench.maps().set_service(&key("10.96.0.78:80/tcp"), ConfigRef::new(u32::MAX, 1)).unwrap();
     let config = Config { members: 4000, members_len: 500, ..bench.config(WEB) };
     bench.maps().set_config(web_ref.index(), &config);
     bench.maps().set_owners(&[(stray, netlb_common::maps::Owners::default())]).unwrap();
