@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use netlb_integration::clients::Wrk;
 use netlb_integration::cluster::{Cluster, service};
-use netlb_integration::daemon::Forwarding;
+use netlb_integration::daemon::{Config, Forwarding, Netlb};
 use netlb_integration::exec::wait_until;
 use netlb_integration::load::{self, KeptConnection, Load};
 use netlb_integration::servers::{self, Protocol, Server};
@@ -174,5 +174,26 @@ fn a_daemon_that_starts_is_not_ended_by_the_signal_to_read_its_file() -> TestRes
     let cluster = web(1)?;
     cluster.netlb.stop()?;
     cluster.netlb.restart_with(cluster.bed.node_a(), Signal::SIGHUP)?;
+    Ok(())
+}
+
+#[test]
+fn an_interface_that_refuses_one_of_the_filters_keeps_none() -> TestResult {
+    let _alone = ALONE.lock();
+    let bed = Plan::new(Layout::Ptp).build()?;
+    let (node, whole, half) = (bed.node_a(), bed.pod(Host::A, "whole")?, bed.pod(Host::A, "half")?);
+    let tc = |line: String| node.ns.command("tc").args(line.split(' '));
+    tc(format!("qdisc add dev {} clsact", half.interface())).run()?.success()?;
+    // At the priority of ours, for another protocol.
+    let other = format!("dev {} egress prio 1 protocol ip", half.interface());
+    tc(format!("filter add {other} bpf bytecode")).arg("1,6 0 0 0,").run()?.success()?;
+    let _netlb = Netlb::start(node, &Config::new(node, Forwarding::Fast).node("attach = \"clsact\""))?;
+    let filters = |pod: &Pod| -> Result<_> {
+        Ok(tc(format!("filter show dev {} ingress", pod.interface())).run()?.success()?.stdout)
+    };
+    assert!(filters(&whole)?.contains("netlb"));
+    assert_eq!(filters(&half)?, "");
+    tc(format!("filter del {other}")).run()?.success()?;
+    wait_until("the interface to be attached", SOON, || Ok(filters(&half)?.contains("netlb").then_some(())))?;
     Ok(())
 }
