@@ -28,6 +28,7 @@ use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
     filter,
     maps::{Config, ConfigRef, EndpointKey, MemberLine, RingLine},
+    snat,
     time::{Ticks, ticks_from_seconds},
 };
 
@@ -423,6 +424,7 @@ impl<M: Maps> Programmer<M> {
             ("NODE_PORTS", table(self.node_ports.len(), self.sizes.node_ports)),
             ("SOURCE_RANGES", table(self.source_ranges, self.sizes.source_ranges)),
             ("AFFINITY", (self.affinities.1, self.sizes.affinities.into())),
+            ("SNAT_ADDRESSES", (self.sources().len() as u64, u64::from(snat::ADDRESSES) - 1)),
             ("flows", self.flow_slots()),
         ];
         usage.into_iter().map(|(name, (entries, size))| (name, entries, size)).collect()

@@ -902,6 +902,8 @@ fn what_is_masqueraded_is_among_all_flows_and_no_services() {
     assert_eq!(bench.programmer.sources(), Vec::<IpAddr>::new());
     bench.maps().begin_masqueraded(4001, Addr::from_v4([192, 0, 2, 1]), PortBe::new(61000));
     assert_eq!(bench.programmer.sources(), [IpAddr::from([192, 0, 2, 1])]);
+    let usage = bench.programmer.map_usage();
+    assert!(usage.contains(&("SNAT_ADDRESSES", 1, 255)), "{usage:?}");
     let mut flows = bench.programmer.flows(&all, 10);
     flows.sort_by_key(|flow| flow.client);
     let [served, masqueraded] = flows.try_into().unwrap();
