@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::SystemTime,
+    time::Instant,
 };
 
 use tokio::sync::{mpsc, oneshot};
@@ -177,7 +177,7 @@ impl Control {
     }
 
     pub async fn status(&self) -> Result<StatusView, ControlError> {
-        self.work(|worker| worker.status(SystemTime::now())).await
+        self.work(|worker| worker.status(Instant::now())).await
     }
 
     /// How much is to be served.
@@ -191,7 +191,7 @@ impl Control {
     }
 
     /// Lets the data plane do what is due. A tick that finds the loop busy is left out. Says whether there is a loop still.
-    pub fn tick(&self, now: SystemTime) -> bool {
+    pub fn tick(&self, now: Instant) -> bool {
         let tick = Request::Work(Box::new(move |worker| worker.tick(now)));
         // With no room, the next second brings another one.
         !matches!(self.requests.try_send(tick), Err(mpsc::error::TrySendError::Closed(_)))

@@ -8,7 +8,7 @@ use std::{
     io,
     path::PathBuf,
     thread::{self, JoinHandle},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context as _;
@@ -71,11 +71,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let runtime = Runtime::new().context("cannot start the runtime")?;
     // Loading may want to watch descriptors.
     let entered = runtime.enter();
+    // Before loading, which takes seconds, and which a SIGHUP is not to end. A SIGTERM that comes meanwhile is kept as well: the daemon
+    // stops at once when it is ready, and leaves nothing half done.
+    let signals = Signals::new().context("cannot listen for signals")?;
     let dataplane = open_dataplane(&config, &options)?;
     drop(entered);
     let desired = DesiredState::new(Vec::new(), stored);
     let daemon = Daemon { file, config, socket, store, desired, dataplane };
-    let result = runtime.block_on(daemon.serve());
+    let result = runtime.block_on(daemon.serve(signals));
     runtime.shutdown_timeout(GRACE);
     drop(locks);
     result
@@ -98,8 +101,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Programs everything, opens the socket, and serves until a signal comes.
-    async fn serve(self) -> anyhow::Result<()> {
-        let mut signals = Signals::new().context("cannot listen for signals")?;
+    async fn serve(self, mut signals: Signals) -> anyhow::Result<()> {
         self.serve_until(async || signals.next().await).await
     }
 
@@ -207,7 +209,7 @@ async fn reload_file(file: &mut ConfigFile, running: &Config, control: &Control,
 /// Ticks each second until the control loop ends, in a thread of its own: a timer of the runtime takes several turns of it each time.
 fn start_ticks(control: Control) -> io::Result<()> {
     let tick = move || {
-        while control.tick(SystemTime::now()) {
+        while control.tick(Instant::now()) {
             thread::sleep(Duration::from_secs(1));
         }
     };

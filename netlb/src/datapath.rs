@@ -56,11 +56,13 @@ pub trait Maps: Send {
     fn sizes(&self) -> Sizes;
 
     fn service(&self, key: &EndpointKey) -> Option<ConfigRef>;
-    /// Everything in `SERVICES`.
+    /// Everything in `SERVICES` that names a record of its own.
     fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>>;
     /// Switches a frontend over: the moment new flows see a change.
     fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()>;
     fn remove_service(&mut self, key: &EndpointKey) -> io::Result<()>;
+    /// Removes everything but these, and says how many entries that were.
+    fn retain_services(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>) -> usize;
 
     fn config(&self, index: u32) -> Config;
     /// Writes a record no packet reads yet: generation last.

@@ -3,7 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -208,5 +208,5 @@ pub trait Dataplane: Send {
     fn status(&self) -> DataplaneStatus;
     /// Called about once a second: expired flows, drained backends. Services that are others now, because the node's addresses changed,
     /// are programmed again.
-    fn tick(&mut self, now: SystemTime) -> ApplyReport;
+    fn tick(&mut self) -> ApplyReport;
 }

@@ -1,12 +1,12 @@
 //! A data plane in memory, and a daemon around it, for the tests of everything above the kernel.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     thread::JoinHandle,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
@@ -33,6 +33,10 @@ pub(crate) struct Memory {
     pub(crate) served: BTreeMap<String, Desired>,
     /// Services that cannot be programmed.
     pub(crate) fails: HashMap<String, ApplyError>,
+    /// Services that the next tick makes others, as new addresses of the node do.
+    pub(crate) moved: Vec<String>,
+    /// Those of them that could not be programmed.
+    pub(crate) stale: BTreeSet<String>,
     pub(crate) flows: Vec<Flow>,
     pub(crate) applies: usize,
     pub(crate) ticks: usize,
@@ -88,12 +92,13 @@ impl Dataplane for MemoryDataplane {
             let name = desired.service.name().to_owned();
             let old = before.get(&name);
             match memory.fails.get(&name).cloned() {
-                Some(error) if old != Some(desired) => {
+                Some(error) if old != Some(desired) || memory.stale.contains(&name) => {
                     report.failed.push((name.clone(), error));
                     memory.served.extend(old.map(|old| (name, old.clone())));
                 }
                 _ => {
                     report.changed += usize::from(old != Some(desired));
+                    memory.stale.remove(&name);
                     memory.served.insert(name, desired.clone());
                 }
             }
@@ -183,9 +188,20 @@ impl Dataplane for MemoryDataplane {
         }
     }
 
-    fn tick(&mut self, _now: SystemTime) -> ApplyReport {
-        self.lock().ticks += 1;
-        ApplyReport::default()
+    fn tick(&mut self) -> ApplyReport {
+        let mut memory = self.lock();
+        memory.ticks += 1;
+        let mut report = ApplyReport::default();
+        for name in std::mem::take(&mut memory.moved) {
+            match memory.fails.get(&name).cloned() {
+                Some(error) => {
+                    memory.stale.insert(name.clone());
+                    report.failed.push((name, error));
+                }
+                None => report.changed += 1,
+            }
+        }
+        report
     }
 }
 

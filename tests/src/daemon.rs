@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
 
 use crate::exec::{Cmd, Output, Process, wait_until};
 use crate::netns::Handle;
@@ -470,10 +471,27 @@ impl Netlb {
 
     /// Starts the daemon again, after [`stop`](Self::stop) or [`kill`](Self::kill), on the same paths.
     pub fn restart(&self, node: &Node) -> Result<()> {
+        self.begin_restart(node)?;
+        self.wait_ready()
+    }
+
+    /// The same, with a signal to the daemon while its programs are verified.
+    pub fn restart_with(&self, node: &Node, signal: Signal) -> Result<()> {
+        self.begin_restart(node)?;
+        wait_until("programs to be verified", START, || {
+            let threads = fs::read_dir(format!("/proc/{}/task", self.pid()))?.filter_map(Result::ok);
+            let mut names = threads.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+            Ok(names.any(|name| name.trim() == "verification").then_some(()))
+        })?;
+        self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner).signal(signal)?;
+        self.wait_ready()
+    }
+
+    fn begin_restart(&self, node: &Node) -> Result<()> {
         let process =
             run_command(node, &self.program, &self.config, &self.socket, &self.state_dir, &self.bpffs).spawn()?;
         *self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = process;
-        self.wait_ready()
+        Ok(())
     }
 
     /// Removes what the daemon leaves behind for its successor.

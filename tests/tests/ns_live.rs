@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use netlb_integration::clients::Wrk;
 use netlb_integration::cluster::{Cluster, service};
-use netlb_integration::daemon::Forwarding;
+use netlb_integration::daemon::{Config, Forwarding, Netlb};
 use netlb_integration::exec::wait_until;
 use netlb_integration::load::{self, KeptConnection, Load};
 use netlb_integration::servers::{self, Protocol, Server};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Pod};
+use nix::sys::signal::Signal;
 
 /// Times a backend is added, drained and removed, the families taking turns.
 const ROUNDS: usize = 200;
@@ -164,5 +165,35 @@ fn traffic_flows_on_while_the_daemon_is_stopped_killed_and_started_again() -> Te
         let total = load.stop().remove(0);
         assert_eq!(total.failed, 0, "{family}: of {} requests: {:?}", total.requests, total.failures);
     }
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_starts_is_not_ended_by_the_signal_to_read_its_file() -> TestResult {
+    let _alone = ALONE.lock();
+    let cluster = web(1)?;
+    cluster.netlb.stop()?;
+    cluster.netlb.restart_with(cluster.bed.node_a(), Signal::SIGHUP)?;
+    Ok(())
+}
+
+#[test]
+fn an_interface_that_refuses_one_of_the_filters_keeps_none() -> TestResult {
+    let _alone = ALONE.lock();
+    let bed = Plan::new(Layout::Ptp).build()?;
+    let (node, whole, half) = (bed.node_a(), bed.pod(Host::A, "whole")?, bed.pod(Host::A, "half")?);
+    let tc = |line: String| node.ns.command("tc").args(line.split(' '));
+    tc(format!("qdisc add dev {} clsact", half.interface())).run()?.success()?;
+    // At the priority of ours, for another protocol.
+    let other = format!("dev {} egress prio 1 protocol ip", half.interface());
+    tc(format!("filter add {other} bpf bytecode")).arg("1,6 0 0 0,").run()?.success()?;
+    let _netlb = Netlb::start(node, &Config::new(node, Forwarding::Fast).node("attach = \"clsact\""))?;
+    let filters = |pod: &Pod| -> Result<_> {
+        Ok(tc(format!("filter show dev {} ingress", pod.interface())).run()?.success()?.stdout)
+    };
+    assert!(filters(&whole)?.contains("netlb"));
+    assert_eq!(filters(&half)?, "");
+    tc(format!("filter del {other}")).run()?.success()?;
+    wait_until("the interface to be attached", SOON, || Ok(filters(&half)?.contains("netlb").then_some(())))?;
     Ok(())
 }

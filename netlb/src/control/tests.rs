@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::*;
 use crate::{
@@ -21,17 +21,19 @@ fn reload(services: Result<Vec<Service>, String>) -> Reload {
     Reload { file: "netlb.toml".to_owned(), time: SystemTime::now(), services, warnings: vec![] }
 }
 
+fn start(directory: &tempfile::TempDir, dataplane: &MemoryDataplane, file: Vec<Service>) -> Start {
+    let (store, stored) = Store::open(directory.path()).unwrap();
+    let desired = DesiredState::new(file.clone(), stored);
+    Start { dataplane: Box::new(dataplane.clone()), desired, store, reload: reload(Ok(file)) }
+}
+
 impl Loop {
     fn start(file: Vec<Service>) -> Self {
         Self::start_in(tempfile::tempdir().unwrap(), MemoryDataplane::default(), file)
     }
 
     fn start_in(directory: tempfile::TempDir, dataplane: MemoryDataplane, file: Vec<Service>) -> Self {
-        let (store, stored) = Store::open(directory.path()).unwrap();
-        let desired = DesiredState::new(file.clone(), stored);
-        let dataplane_too = Box::new(dataplane.clone());
-        let (control, _thread) =
-            Control::start(Start { dataplane: dataplane_too, desired, store, reload: reload(Ok(file)) }).unwrap();
+        let (control, _thread) = Control::start(start(&directory, &dataplane, file)).unwrap();
         Self { control, dataplane, directory }
     }
 
@@ -159,9 +161,41 @@ async fn a_file_service_that_fails_is_out_of_sync_and_tried_again() {
     assert!(it.control.service("file").await.unwrap().problem.unwrap().contains("is full"));
     it.control.change(Change::Create(service("web", "10.0.0.1:1/tcp"))).await.unwrap();
     it.dataplane.lock().fails.clear();
-    it.control.tick(SystemTime::now() + Duration::from_secs(31));
+    it.control.tick(Instant::now() + Duration::from_secs(31));
     assert!(it.control.status().await.unwrap().out_of_sync.is_empty());
     assert_eq!(it.dataplane.names(), ["file", "web"]);
+}
+
+#[tokio::test]
+async fn what_fails_as_the_node_changes_stays_out_of_sync_until_it_is_served() {
+    let it = Loop::start(vec![service("file", "10.0.0.9:1/tcp")]);
+    it.control.status().await.unwrap();
+    it.dataplane.fill_up("file");
+    it.dataplane.lock().moved.push("file".to_owned());
+    let now = Instant::now();
+    for second in 0..3 {
+        it.control.tick(now + Duration::from_secs(second));
+        assert_eq!(it.control.status().await.unwrap().out_of_sync[0].service, "file");
+    }
+    it.dataplane.lock().fails.clear();
+    it.control.tick(now + Duration::from_secs(31));
+    assert!(it.control.status().await.unwrap().out_of_sync.is_empty());
+}
+
+#[test]
+fn retries_and_uptime_go_by_a_clock_that_nobody_sets() {
+    let (directory, dataplane) = (tempfile::tempdir().unwrap(), MemoryDataplane::default());
+    dataplane.fill_up("file");
+    let before = Instant::now();
+    let mut worker = Worker::new(start(&directory, &dataplane, vec![service("file", "10.0.0.9:1/tcp")]));
+    worker.program();
+    let after = Instant::now();
+    for (now, applies) in [(before, 1), (before + Duration::from_secs(29), 1), (after + Duration::from_secs(30), 2)] {
+        worker.tick(now);
+        assert_eq!(dataplane.lock().applies, applies);
+    }
+    assert!(worker.status(after + Duration::from_secs(90)).uptime_seconds >= 90);
+    assert_eq!(worker.status(before).uptime_seconds, 0);
 }
 
 #[tokio::test]

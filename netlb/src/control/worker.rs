@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashSet},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::{mpsc, oneshot};
@@ -43,13 +43,14 @@ pub struct Worker {
     dataplane: Box<dyn Dataplane>,
     desired: DesiredState,
     store: Store,
-    started: SystemTime,
+    /// By the clock on the wall, and by the one that nobody sets.
+    started: (SystemTime, Instant),
     reload: ReloadView,
     reload_warnings: Vec<String>,
     /// Those that were logged.
     conflicts: Vec<Conflict>,
     out_of_sync: OutOfSync,
-    retry_at: Option<SystemTime>,
+    retry_at: Option<Instant>,
 }
 
 /// A change that waits for its answer.
@@ -82,7 +83,7 @@ impl Worker {
             dataplane,
             desired,
             store,
-            started: SystemTime::now(),
+            started: (SystemTime::now(), Instant::now()),
             reload_warnings: reload.warnings,
             reload: view,
             conflicts: Vec::new(),
@@ -204,7 +205,7 @@ impl Worker {
         let report = self.dataplane.apply(&desired);
         let before = std::mem::take(&mut self.out_of_sync);
         self.note(report, &before);
-        self.retry_at = (!self.out_of_sync.is_empty()).then(|| SystemTime::now() + RETRY);
+        self.retry_at = (!self.out_of_sync.is_empty()).then(|| Instant::now() + RETRY);
     }
 
     /// Makes the data plane serve the desired state where edits have touched it. Returns what was wrong with those services before.
@@ -214,7 +215,7 @@ impl Worker {
         let before = touched.iter().filter_map(|touched| self.out_of_sync.remove_entry(&touched.name)).collect();
         self.note(report, &before);
         // What failed before may find room now. It is tried off the path of the change.
-        self.retry_at = (!self.out_of_sync.is_empty()).then(SystemTime::now);
+        self.retry_at = (!self.out_of_sync.is_empty()).then(Instant::now);
         before
     }
 
@@ -243,8 +244,8 @@ impl Worker {
         &mut *self.dataplane
     }
 
-    pub(super) fn tick(&mut self, now: SystemTime) {
-        let report = self.dataplane.tick(now);
+    pub(super) fn tick(&mut self, now: Instant) {
+        let report = self.dataplane.tick();
         if report.changed > 0 || !report.failed.is_empty() {
             let before = self.out_of_sync.clone();
             self.note(report, &before);
@@ -311,9 +312,10 @@ impl Worker {
             .fold(none, |sum, desired| Size { services: sum.services + 1, backends: sum.backends + backends(desired) })
     }
 
-    pub(super) fn status(&self, now: SystemTime) -> StatusView {
+    pub(super) fn status(&self, now: Instant) -> StatusView {
         let Size { services, backends } = self.size();
         let status = self.dataplane.status();
+        let (started, start) = self.started;
         let maps: Vec<_> = status
             .maps
             .into_iter()
@@ -323,8 +325,8 @@ impl Worker {
             api_version: API_VERSION.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            started: format_time(self.started),
-            uptime_seconds: now.duration_since(self.started).unwrap_or_default().as_secs(),
+            started: format_time(started),
+            uptime_seconds: now.saturating_duration_since(start).as_secs(),
             services,
             backends,
             load_seconds: status.load_seconds,

@@ -9,10 +9,11 @@ use std::{
     fmt, fs,
     net::IpAddr,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use netlb_common::snat;
 
 use self::{
     counts::Counts,
@@ -127,6 +128,18 @@ fn foreign_sources(sources: &[IpAddr], addresses: &[IpAddr]) -> impl Iterator<It
     foreign.map(|source| {
         format!(
             "`[snat] addresses`: {source} is not an address of this node; replies to clients that get it go elsewhere"
+        )
+    })
+}
+
+/// A warning where an address may soon find no room among those that flows were given, of which none is ever given up.
+fn sources_warning(kept: usize) -> Option<String> {
+    let room = snat::ADDRESSES - 1;
+    // An address may stand in a few places only, and they are taken before all others are.
+    (kept >= room as usize * 3 / 4).then(|| {
+        format!(
+            "map SNAT_ADDRESSES has {kept} of {room} addresses, and none goes before the maps are made anew: what needs another one may be \
+             passed untouched; run `netlb cleanup` when netlb is stopped, and start it again"
         )
     })
 }
@@ -324,6 +337,8 @@ impl Dataplane for Datapath {
         warnings.extend(self.sockets.warnings());
         warnings.extend(self.reserved.problem().cloned());
         warnings.extend(foreign_sources(&self.site.sources, &interfaces.facts.addresses));
+        let snat_addresses = self.programmer.sources();
+        warnings.extend(sources_warning(snat_addresses.len()));
         if interfaces.interfaces.iter().any(|interface| !interface.hook.is_empty()) {
             warnings.extend(forwarding_warning("net.ipv4.ip_forward", "IPv4"));
             if self.programmer.serves_ipv6() {
@@ -332,7 +347,7 @@ impl Dataplane for Datapath {
         }
         let resolve::Node { name, zone, node_port_addresses, .. } = self.site.node(&interfaces.facts);
         DataplaneStatus {
-            node: NodeStatus { name, zone, node_port_addresses, snat_addresses: self.programmer.sources() },
+            node: NodeStatus { name, zone, node_port_addresses, snat_addresses },
             forwarding: match self.forwarding {
                 Forwarding::Fast => "fast",
                 Forwarding::Stack => "stack",
@@ -348,8 +363,8 @@ impl Dataplane for Datapath {
         }
     }
 
-    fn tick(&mut self, now: SystemTime) -> ApplyReport {
-        self.programmer.tick(now);
+    fn tick(&mut self) -> ApplyReport {
+        self.programmer.tick();
         let report = self.programmer.set_node(self.site.node(&self.interfaces.status().facts));
         self.follow(report)
     }
@@ -375,5 +390,14 @@ mod tests {
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("192.0.2.2 is not an address of this node"), "{warnings:?}");
         assert_eq!(foreign_sources(&[], &[own]).count(), 0);
+    }
+
+    #[test]
+    fn room_for_sources_that_comes_to_its_end_is_a_warning() {
+        assert_eq!([0, 1, 190].map(sources_warning), [None, None, None]);
+        for kept in [191, 255] {
+            let warning = sources_warning(kept).unwrap();
+            assert!(warning.contains(&format!("{kept} of 255")), "{warning}");
+        }
     }
 }

@@ -28,6 +28,7 @@ use netlb_common::{
     addr::{Addr, Address as _, Ipv4Be, Ipv6Be, PortBe},
     filter,
     maps::{Config, ConfigRef, EndpointKey, MemberLine, RingLine},
+    snat,
     time::{Ticks, ticks_from_seconds},
 };
 
@@ -128,6 +129,8 @@ struct Entry {
     /// None for what was found in the maps, until somebody wants its frontends.
     name: Option<String>,
     programmed: State,
+    /// Whether it failed since it was programmed: what it has may be no more what that asks for on this node.
+    stale: bool,
     /// By endpoint, those included that are removed and may have flows.
     frontends: HashMap<EndpointKey, u32>,
     backends: HashMap<EndpointKey, u32>,
@@ -174,6 +177,7 @@ impl Entry {
         Self {
             name,
             programmed,
+            stale: false,
             frontends: HashMap::new(),
             backends: HashMap::new(),
             addresses: Vec::new(),
@@ -324,7 +328,11 @@ impl<M: Maps> Programmer<M> {
                 self.reclaim();
             }
             if !no_room || retries == 0 || self.freed == freed {
-                report.failed.extend(failed.into_iter().map(|(plan, error)| (plan.service.name().to_owned(), error)));
+                for (plan, error) in failed {
+                    let name = plan.service.name();
+                    self.note_failure(name);
+                    report.failed.push((name.to_owned(), error));
+                }
                 break;
             }
             left = failed.into_iter().map(|(plan, _)| plan).collect();
@@ -416,6 +424,7 @@ impl<M: Maps> Programmer<M> {
             ("NODE_PORTS", table(self.node_ports.len(), self.sizes.node_ports)),
             ("SOURCE_RANGES", table(self.source_ranges, self.sizes.source_ranges)),
             ("AFFINITY", (self.affinities.1, self.sizes.affinities.into())),
+            ("SNAT_ADDRESSES", (self.sources().len() as u64, u64::from(snat::ADDRESSES) - 1)),
             ("flows", self.flow_slots()),
         ];
         usage.into_iter().map(|(name, (entries, size))| (name, entries, size)).collect()
@@ -434,6 +443,7 @@ impl<M: Maps> Programmer<M> {
             if let Some(entry) = entry {
                 entry.wanted = self.round;
                 if entry.held.is_empty()
+                    && !entry.stale
                     && let State::As(programmed) = &mut entry.programmed
                     && (Arc::ptr_eq(programmed, service) || programmed == service)
                 {
@@ -553,6 +563,14 @@ impl<M: Maps> Programmer<M> {
             built.into_iter().for_each(|(plans, pools)| program(plans, pools));
         });
         failed
+    }
+
+    /// A service that failed is tried again, also where nothing else is wanted than what it was programmed for: the node
+    /// or another service may be what has changed.
+    fn note_failure(&mut self, name: &str) {
+        if let Some(entry) = self.names.get(name).and_then(|index| self.services.get_mut(*index)) {
+            entry.stale = true;
+        }
     }
 
     /// Takes frontends from services that let go of them for others which could not take them.

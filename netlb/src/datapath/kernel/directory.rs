@@ -12,7 +12,7 @@ use foldhash::HashSet;
 use netlb_common::{
     directory::{self, Line, Lines},
     flow::HashKey,
-    maps::{ConfigRef, EndpointKey, Interface, Owners},
+    maps::{Config, ConfigRef, EndpointKey, Interface, Owners},
 };
 
 use super::{load::Memory, mapping::Mapping};
@@ -36,6 +36,14 @@ impl Directory {
         fence(Ordering::SeqCst);
         // As a hash of the kernel says it.
         if directory::set(self, key, value) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::E2BIG)) }
+    }
+
+    /// Removes the keys that are not known, and says how many they were.
+    fn retain(&mut self, is_known: impl Fn(u64) -> bool) -> usize {
+        let keys = directory::entries(self).map(|(key, _)| key);
+        let strays: Vec<_> = keys.filter(|key| !is_known(*key)).collect();
+        strays.iter().for_each(|key| directory::remove(self, *key));
+        strays.len()
     }
 }
 
@@ -65,9 +73,14 @@ impl Services {
         directory::get(&self.directory, self.hash_key.endpoint(key)).map(ConfigRef)
     }
 
-    /// All that are there. The records they name say what for.
-    pub(super) fn all(&self) -> impl Iterator<Item = ConfigRef> {
-        directory::entries(&self.directory).map(|(_, value)| ConfigRef(value))
+    /// All that are there, if the record they name says that it is theirs.
+    pub(super) fn all(&self, config: impl Fn(u32) -> Option<Config>) -> impl Iterator<Item = (EndpointKey, ConfigRef)> {
+        directory::entries(&self.directory).filter_map(move |(key, value)| {
+            let reference = ConfigRef(value);
+            let config = config(reference.index())?;
+            let is_its = config.generation == reference.generation() && self.hash_key.endpoint(&config.key) == key;
+            is_its.then_some((config.key, reference))
+        })
     }
 
     pub(super) fn set(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()> {
@@ -76,6 +89,12 @@ impl Services {
 
     pub(super) fn remove(&mut self, key: &EndpointKey) {
         directory::remove(&self.directory, self.hash_key.endpoint(key));
+    }
+
+    /// Removes what is not of these, and says how many entries that were.
+    pub(super) fn retain(&mut self, frontends: &mut dyn Iterator<Item = EndpointKey>) -> usize {
+        let known: HashSet<_> = frontends.map(|frontend| self.hash_key.endpoint(&frontend)).collect();
+        self.directory.retain(|key| known.contains(&key))
     }
 }
 
@@ -118,8 +137,7 @@ impl OwnerPairs {
     pub(super) fn retain(&mut self, backends: &mut dyn Iterator<Item = EndpointKey>) {
         let known: HashSet<_> = backends.map(|backend| self.hash_key.endpoint(&backend)).collect();
         let is_known = |key: u64| (0..Owners::PAIRS).any(|pair| known.contains(&Owners::key(key, pair)));
-        let strays = directory::entries(&self.directory).map(|(key, _)| key).filter(|key| !is_known(*key));
-        strays.collect::<Vec<_>>().into_iter().for_each(|key| directory::remove(&self.directory, key));
+        self.directory.retain(is_known);
     }
 }
 
@@ -161,11 +179,16 @@ mod tests {
 
     use super::*;
 
-    fn pairs() -> OwnerPairs {
+    const HASH_KEY: HashKey = HashKey::new([1, 2, 3, 4]);
+
+    fn directory() -> Directory {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 * 16).unwrap();
-        let directory = Directory { lines: Mapping::new(file.as_fd(), 16).unwrap(), mask: 15 };
-        OwnerPairs { directory, hash_key: HashKey::new([1, 2, 3, 4]) }
+        Directory { lines: Mapping::new(file.as_fd(), 16).unwrap(), mask: 15 }
+    }
+
+    fn pairs() -> OwnerPairs {
+        OwnerPairs { directory: directory(), hash_key: HASH_KEY }
     }
 
     fn backend(host: u8) -> EndpointKey {
@@ -200,6 +223,29 @@ mod tests {
             assert_eq!(owners.get(&backend(host)).0[5], if is_known { host.into() } else { 0 }, "{host}");
         }
         assert_eq!(directory::entries(&owners.directory).count(), 6);
+    }
+
+    #[test]
+    fn services_that_name_no_record_of_theirs_are_not_there_and_go() {
+        let mut services = Services { directory: directory(), hash_key: HASH_KEY };
+        let configs: Vec<_> =
+            (0..4).map(|n| Config { key: backend(n as u8), generation: n, ..Config::default() }).collect();
+        let config = |index: u32| configs.get(index as usize).copied();
+        let whole = [1, 2, 3].map(|n| (backend(n as u8), ConfigRef::new(n, n)));
+        for (key, reference) in whole {
+            services.set(&key, reference).unwrap();
+        }
+        // None there is, one that was reused, one of another, and none at all.
+        let damaged = [ConfigRef::new(4, 4), ConfigRef::new(3, 2), ConfigRef::new(1, 1), ConfigRef(0), ConfigRef(!1)];
+        for (host, reference) in (10..).zip(damaged) {
+            services.set(&backend(host), reference).unwrap();
+        }
+        let mut found: Vec<_> = services.all(config).collect();
+        found.sort_by_key(|(_, reference)| reference.index());
+        assert_eq!(found, whole);
+        assert_eq!(services.retain(&mut [1, 3].into_iter().map(backend)), 6);
+        assert_eq!([1, 2, 3].map(|host| services.get(&backend(host)).is_some()), [true, false, true]);
+        assert_eq!(directory::entries(&services.directory).count(), 2);
     }
 
     #[test]

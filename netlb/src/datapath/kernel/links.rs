@@ -160,15 +160,25 @@ impl Attacher {
         Ok(())
     }
 
-    fn filter_both(&self, index: u32) -> io::Result<()> {
+    fn filter(&self, index: u32) -> io::Result<()> {
         let mut clsact = Clsact::new()?;
-        // Before there is anything to be forgotten.
-        self.pins.note_filters(index)?;
         clsact.add_qdisc(index)?;
         for direction in self.sequence {
             clsact.set_filter(index, direction, program_name(direction), self.program(direction).fd.as_fd())?;
         }
         Ok(())
+    }
+
+    fn filter_both(&self, index: u32) -> io::Result<()> {
+        let is_new = !self.pins.has_filters(index);
+        // Before there is anything to be forgotten.
+        self.pins.note_filters(index)?;
+        self.filter(index).inspect_err(|_| {
+            // As with links.
+            if is_new && let Err(error) = remove_filters(&self.pins, index) {
+                tracing::warn!("cannot detach from interface {index}: {error}");
+            }
+        })
     }
 }
 

@@ -182,11 +182,8 @@ impl Maps for KernelMaps {
     }
 
     fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>> {
-        let entry = |reference: ConfigRef| {
-            let config = self.configs.read(reference.index());
-            (config.generation == reference.generation()).then_some((config.key, reference))
-        };
-        Ok(self.services.all().filter_map(entry).collect())
+        let config = |index| (index < self.sizes.configs).then(|| self.configs.read(index));
+        Ok(self.services.all(config).collect())
     }
 
     fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()> {
@@ -196,6 +193,10 @@ impl Maps for KernelMaps {
     fn remove_service(&mut self, key: &EndpointKey) -> io::Result<()> {
         self.services.remove(key);
         Ok(())
+    }
+
+    fn retain_services(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>) -> usize {
+        self.services.retain(keys)
     }
 
     fn config(&self, index: u32) -> Config {

@@ -23,6 +23,11 @@ impl<M: Maps> Programmer<M> {
             tracing::warn!("map SERVICES: an entry does not fit its record and is removed: {:?}", frontend_of(&key));
             self.maps.remove_service(&key)?;
         }
+        // Those that name no record are not even known by what they are for.
+        match self.maps.retain_services(&mut self.served.keys().copied()) {
+            0 => {}
+            strays => tracing::warn!("map SERVICES: {strays} entries name no record of theirs and are removed"),
+        }
         if self.services.len() > 0 {
             // For packets that read what the last daemon replaced in its last moments.
             self.maps.grace();

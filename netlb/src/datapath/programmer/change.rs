@@ -402,6 +402,7 @@ impl<M: Maps> Programmer<M> {
             entry.wanted = self.round;
             entry.affinity = plan.affinity();
             entry.held.clone_from(&plan.held);
+            entry.stale = false;
             entry.programmed = match result {
                 Ok(()) => State::As(Arc::clone(service)),
                 Err(_) => State::Unknown,

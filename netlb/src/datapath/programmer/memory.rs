@@ -347,7 +347,11 @@ impl Maps for MemoryMaps {
     }
 
     fn services(&self) -> io::Result<Vec<(EndpointKey, ConfigRef)>> {
-        Ok(self.services.iter().map(|(key, value)| (*key, *value)).collect())
+        let is_its = |(key, value): &(&EndpointKey, &ConfigRef)| {
+            let config = self.configs.get(value.index() as usize);
+            config.is_some_and(|config| (config.key, config.generation) == (**key, value.generation()))
+        };
+        Ok(self.services.iter().filter(is_its).map(|(key, value)| (*key, *value)).collect())
     }
 
     fn set_service(&mut self, key: &EndpointKey, value: ConfigRef) -> io::Result<()> {
@@ -381,6 +385,12 @@ impl Maps for MemoryMaps {
         let old = self.services.remove(key).ok_or(io::ErrorKind::NotFound)?;
         self.lingering.lock().unwrap().insert(old.index());
         Ok(())
+    }
+
+    fn retain_services(&mut self, keys: &mut dyn Iterator<Item = EndpointKey>) -> usize {
+        let (known, before) = (keys.collect::<HashSet<_>>(), self.services.len());
+        self.services.retain(|key, _| known.contains(key));
+        before - self.services.len()
     }
 
     fn config(&self, index: u32) -> Config {

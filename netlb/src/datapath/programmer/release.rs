@@ -3,12 +3,9 @@
 //! Records and regions rest until every packet that may have read them is done. Numbers of frontends and backends wait
 //! until no record names them that is in force or rests, and no flow; then they rest as well.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::SystemTime,
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
 use super::{flows::Sought, *};
@@ -72,7 +69,7 @@ impl Waiting {
 impl<M: Maps> Programmer<M> {
     /// Clears expired flows, a part of the table at a time, and reuses what is out of use. To be called about once a
     /// second; flows have their own clock.
-    pub fn tick(&mut self, _now: SystemTime) {
+    pub fn tick(&mut self) {
         self.sweep();
         self.sweep_affinity();
         self.count_loads();

@@ -1,7 +1,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
-    time::SystemTime,
 };
 
 use netlb_common::maps::{Backend, NodePortKey, RangeKey, family};
@@ -72,7 +71,7 @@ impl Bench {
 
     fn tick(&mut self, ticks: u32) {
         self.clock.advance(ticks);
-        self.programmer.tick(SystemTime::UNIX_EPOCH);
+        self.programmer.tick();
     }
 
     /// Until nothing waits that no flow names.
@@ -788,6 +787,7 @@ fn a_new_daemon_takes_away_what_makes_no_sense() {
     let (web_ref, stray) = (bench.maps().services[&key(WEB)], key("10.96.0.77:80/tcp"));
     bench.maps().watches = false;
     bench.maps().set_service(&stray, web_ref).unwrap();
+    bench.maps().set_service(&key("10.96.0.78:80/tcp"), ConfigRef::new(u32::MAX, 1)).unwrap();
     let config = Config { members: 4000, members_len: 500, ..bench.config(WEB) };
     bench.maps().set_config(web_ref.index(), &config);
     bench.maps().set_owners(&[(stray, netlb_common::maps::Owners::default())]).unwrap();
@@ -921,6 +921,8 @@ fn what_is_masqueraded_is_among_all_flows_and_no_services() {
     assert_eq!(bench.programmer.sources(), Vec::<IpAddr>::new());
     bench.maps().begin_masqueraded(4001, Addr::from_v4([192, 0, 2, 1]), PortBe::new(61000));
     assert_eq!(bench.programmer.sources(), [IpAddr::from([192, 0, 2, 1])]);
+    let usage = bench.programmer.map_usage();
+    assert!(usage.contains(&("SNAT_ADDRESSES", 1, 255)), "{usage:?}");
     let mut flows = bench.programmer.flows(&all, 10);
     flows.sort_by_key(|flow| flow.client);
     let [served, masqueraded] = flows.try_into().unwrap();
@@ -1483,6 +1485,31 @@ fn ports_of_the_node_have_no_direct_server_return() {
     for (frontend, is_direct) in [(WEB, true), (EXTERNAL, true), (NODE_PORT, false)] {
         assert_eq!(bench.config(frontend).flags & Config::DSR != 0, is_direct, "{frontend}");
     }
+}
+
+#[test]
+fn what_has_no_room_at_a_new_address_is_tried_again_until_it_has() {
+    let ports = |name: &str, port: &str| {
+        defined(name, |ports| {
+            ports.node_ports.push(node_port(port));
+            ports.backends = vec![placed(1, true)];
+        })
+    };
+    let both = [ports("one", "30080/tcp"), ports("two", "30081/tcp")];
+    let all = [both.clone().as_slice(), &[web(&[A])]].concat();
+    let mut bench = Bench::with(Sizes { services: 4, ..ROOMY });
+    bench.programmer.set_node(node(&["198.51.100.1"]));
+    bench.serve(&all);
+    let failed = bench.programmer.set_node(node(&["198.51.100.1", "198.51.100.2"])).failed;
+    let full = ApplyError::MapFull { map: "SERVICES", size: 4, option: "limits.services" };
+    assert!(matches!(&failed[..], [(_, error)] if *error == full), "{failed:?}");
+    for _ in 0..2 {
+        assert_eq!(bench.apply(&all).failed, failed);
+    }
+    assert_eq!(bench.serve(&both), 2, "one gains an address, another goes");
+    bench.log();
+    assert_eq!(bench.serve(&both), 0);
+    assert_eq!(bench.log(), []);
 }
 
 #[test]
