@@ -469,6 +469,11 @@ impl Netlb {
         self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner).kill()
     }
 
+    /// Writes another configuration file in place of the one there is.
+    pub fn configure(&self, config: &Config) -> Result<()> {
+        Ok(fs::write(&self.config, config.to_toml())?)
+    }
+
     /// Starts the daemon again, after [`stop`](Self::stop) or [`kill`](Self::kill), on the same paths.
     pub fn restart(&self, node: &Node) -> Result<()> {
         self.begin_restart(node)?;

@@ -1,10 +1,11 @@
 //! Traffic from outside the cluster, which comes in on an uplink.
 
-use netlb::datapath::kernel::testing::announced;
+use netlb::datapath::kernel::testing::{announced, tcx_places};
 use netlb_common::maps::Interface;
 use netlb_integration::clients;
 use netlb_integration::daemon::{Config, Forwarding, Netlb, Service};
 use netlb_integration::exec::wait_until;
+use netlb_integration::load::Load;
 use netlb_integration::servers::{self, Protocol, Server};
 use netlb_integration::testing::TestResult;
 use netlb_integration::topology::{Family, Host, Layout, Plan, Testbed, vip};
@@ -194,11 +195,82 @@ fn xdp_sends_what_leaves_by_the_uplink_again() -> TestResult {
     Ok(())
 }
 
-/// Has the switch take what node A sends by XDP: a veth drops it unless its other end has a program. The node's own lets everything pass there.
-fn receive_from_xdp(bed: &Testbed) -> Result<()> {
+/// The kernel keeps the mode of a link whose program is exchanged.
+#[test]
+fn a_daemon_that_is_started_again_changes_the_mode_of_xdp() -> TestResult {
+    let bed = Plan::new(Layout::Routed).with_outside_client().build()?;
+    let pod = bed.pod(Host::A, "backend")?;
+    let server = servers::nginx(&pod, 8080)?;
+    let node = bed.node_a();
+    let config = |mode| Config::new(node, Forwarding::Fast).xdp(mode);
+    let netlb = Netlb::start(node, &config("off"))?;
+    let vip = serve(&netlb, Family::V4, std::slice::from_ref(&server))?;
+    for (mode, expected) in [("generic", 2), ("generic", 2), ("native", 1), ("generic", 2), ("off", 0), ("native", 1)] {
+        netlb.stop()?;
+        netlb.configure(&config(mode))?;
+        netlb.restart(node)?;
+        // `XDP_ATTACHED_DRV` and `XDP_ATTACHED_SKB`.
+        assert_eq!(xdp(&bed)?["mode"].as_u64().unwrap_or_default(), expected, "{mode}");
+        clients::curl(bed.outside()?, vip).with_context(|| mode.to_owned())?;
+    }
+    // A driver that refuses, as a veth does whose other end may send frames this long.
+    netlb.stop()?;
+    netlb.configure(&config("generic"))?;
+    netlb.restart(node)?;
+    bed.switch()?.command("ip").args(["link", "set", "to-a", "mtu", "9000"]).run()?.success()?;
+    netlb.stop()?;
+    netlb.configure(&config("native"))?;
+    for _ in 0..2 {
+        netlb.restart(node)?;
+        let status = netlb.must(["status"])?;
+        assert!(status.contains("its packets are treated at TC"), "{status}");
+        assert_eq!(xdp(&bed)?["mode"], serde_json::Value::Null);
+        clients::curl(bed.outside()?, vip)?;
+        netlb.stop()?;
+    }
+    Ok(())
+}
+
+/// The kernel keeps the place of a link whose program is exchanged. Another netlb, which serves nothing, is the other program.
+#[test]
+fn a_daemon_that_is_started_again_changes_its_place_among_programs() -> TestResult {
+    let bed = Plan::new(Layout::Ptp).with_outside_client().build()?;
+    let pod = bed.pod(Host::A, "backend")?;
+    let server = servers::nginx(&pod, 8080)?;
+    let node = bed.node_a();
+    let uplink = node.uplinks().first().context("no uplink")?;
+    let index = node.ns.enter(|| if_nametoindex(uplink.as_str()))??;
+    for forwarding in [Forwarding::Fast, Forwarding::Stack] {
+        let config = |order| Config::new(node, forwarding).node(&format!("tcx_order = {order:?}"));
+        let netlb = Netlb::start(node, &config("first"))?;
+        let other = Netlb::start(node, &config("first"))?;
+        let vip = serve(&netlb, Family::V4, std::slice::from_ref(&server))?;
+        let load = Load::start(bed.outside()?, vip, 2, 500);
+        let places = |netlb: &Netlb| node.ns.enter(|| tcx_places(netlb.bpffs(), index));
+        for (order, expected) in [("first", 1), ("last", 1), ("first", 0), ("last", 1), ("last", 1)] {
+            netlb.stop()?;
+            netlb.configure(&config(order))?;
+            netlb.restart(node)?;
+            assert_eq!(places(&netlb)??, [expected; 2], "{forwarding}, {order}");
+            assert_eq!(places(&other)??, [1 - expected; 2], "{forwarding}, {order}");
+        }
+        let total = load.stop().remove(0);
+        assert!(total.requests > 100, "{forwarding}: {total:?}");
+        assert_eq!(total.failed, 0, "{forwarding}: of {}: {:?}", total.requests, total.failures);
+    }
+    Ok(())
+}
+
+/// What the kernel says of XDP on the uplink of node A.
+fn xdp(bed: &Testbed) -> Result<serde_json::Value> {
     let link = bed.node_a().ns.command("ip").args(["-json", "link", "show", "up0"]).run()?.success()?;
     let link: serde_json::Value = serde_json::from_str(&link.stdout)?;
-    let program = link[0]["xdp"]["prog"]["id"].as_u64().context("no program on up0")?.to_string();
+    Ok(link[0]["xdp"].clone())
+}
+
+/// Has the switch take what node A sends by XDP: a veth drops it unless its other end has a program. The node's own lets everything pass there.
+fn receive_from_xdp(bed: &Testbed) -> Result<()> {
+    let program = xdp(bed)?["prog"]["id"].as_u64().context("no program on up0")?.to_string();
     let attach = ["net", "attach", "xdpdrv", "id", &program, "dev", "to-a"];
     bed.switch()?.command("bpftool").args(attach).run()?.success()?;
     Ok(())

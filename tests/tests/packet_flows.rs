@@ -443,7 +443,7 @@ fn a_lost_reply_slot_is_rebuilt_whichever_of_eight_frontends_it_is_of() -> TestR
                 lab.backend_of(&case.packet(client, case.vip(port.max(first))));
                 lab.serve(services().skip(usize::from(first - 80)));
                 assert_eq!(lab.lose(Direction::Reply), 1, "{case}: {port}");
-                let out = lab.from_backends(&case.segment(backend, client, SYN_ACK).frame());
+                let out = lab.from_backends(case.segment(backend, client, SYN_ACK).frame());
                 assert_eq!(source(&out.frame), case.vip(port.max(first)), "{case}: {port} of those from {first}");
                 assert_eq!(lab.count(Counter::FlowsRepaired), 1, "{case}: {port} of those from {first}");
             }

@@ -45,6 +45,8 @@ impl Cleanup {
             let failure = Failure::new(ExitCode::Conflict, "netlb is running, and would put back what is removed");
             return Err(failure.with_hint("stop it first: `systemctl stop netlb`").into());
         }
+        // To the end: a daemon that is started meanwhile would lose what it makes.
+        let _locks = if *dry_run { None } else { Some(Locks::take_present(state_dir, bpffs)?) };
         let pins = pins(bpffs)?;
         let mut files = Vec::new();
         files.extend(fs::symlink_metadata(&socket).is_ok().then_some(socket));
@@ -53,6 +55,10 @@ impl Cleanup {
         }
         let mut reserved = Reserved::open(state_dir);
         let ports = reserved.own();
+        let elsewhere = reserved.elsewhere();
+        if !elsewhere.is_empty() {
+            out.say(&format!("port {elsewhere} stays reserved in another network namespace, until a cleanup there"))?;
+        }
         if pins.is_empty() && files.is_empty() && ports.is_empty() {
             return out.say("nothing to remove");
         }

@@ -1,9 +1,12 @@
-use std::path::Path;
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 
 use super::*;
-use crate::testing::TestDaemon;
+use crate::{daemon::lock::Locks, testing::TestDaemon};
 
 const CONFIG: &str = "[[service]]\nname = \"file\"\nfrontend = \"10.96.9.9:80/tcp\"\nbackends = [\"10.244.9.9:80\"]\n";
 
@@ -523,6 +526,38 @@ fn cleanup_removes_a_stale_socket_and_keeps_the_services_unless_told() {
     run_at(&at("sock"), &format!("{line} --yes --state"));
     assert!(!at("services.json").exists());
     assert_eq!(run_at(&at("sock"), &format!("{line} --yes")).out, "nothing to remove\n");
+}
+
+/// A daemon that is started while a command writes.
+struct Starting {
+    directory: PathBuf,
+    attempts: usize,
+    started: bool,
+}
+
+impl Write for Starting {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        self.attempts += 1;
+        self.started |= Locks::take(&self.directory, &self.directory.join("bpf")).is_ok();
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn no_daemon_starts_during_a_cleanup() {
+    let files = tempfile::tempdir().unwrap();
+    let socket = files.path().join("sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let line = format!("netlb cleanup --yes --bpffs {0}/bpf --state-dir {0} --socket {0}/sock", files.path().display());
+    let mut out = Starting { directory: files.path().to_owned(), attempts: 0, started: false };
+    assert_eq!(run(line.split(' '), &mut out, &mut Vec::new()), ExitCode::Ok);
+    assert!(out.attempts > 0 && !out.started);
+    assert!(!socket.exists());
+    Locks::take(files.path(), &files.path().join("bpf")).unwrap();
 }
 
 #[test]

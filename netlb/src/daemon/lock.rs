@@ -14,8 +14,8 @@ use crate::exit::{ExitCode, Failure};
 /// Held while the daemon runs; the kernel lets go of them with the process.
 #[derive(Debug)]
 pub(crate) struct Locks {
-    _state: File,
-    _bpffs: File,
+    _state: Option<File>,
+    _bpffs: Option<File>,
 }
 
 impl Locks {
@@ -28,6 +28,19 @@ impl Locks {
             made.with_context(|| format!("cannot create {}", directory.display()))
         };
         create(state_dir)?;
+        let state = Self::lock_state(state_dir)?;
+        create(bpffs)?;
+        Ok(Self { _state: Some(state), _bpffs: Some(lock_bpffs(bpffs)?) })
+    }
+
+    /// Locks those that are there, and makes none: in what is missing there is nothing to be removed.
+    pub(crate) fn take_present(state_dir: &Path, bpffs: &Path) -> anyhow::Result<Self> {
+        let state = state_dir.exists().then(|| Self::lock_state(state_dir)).transpose()?;
+        let bpffs = bpffs.exists().then(|| lock_bpffs(bpffs)).transpose()?;
+        Ok(Self { _state: state, _bpffs: bpffs })
+    }
+
+    fn lock_state(state_dir: &Path) -> anyhow::Result<File> {
         let path = state_dir.join(Self::FILE);
         let mut state = fs::OpenOptions::new()
             .create(true)
@@ -43,12 +56,7 @@ impl Locks {
             return Err(taken(state_dir, holder.trim()));
         }
         state.set_len(0).and_then(|()| state.rewind()).and_then(|()| writeln!(state, "pid {}", std::process::id()))?;
-        create(bpffs)?;
-        let bpffs_lock = File::open(bpffs).with_context(|| format!("cannot open {}", bpffs.display()))?;
-        if is_taken(&bpffs_lock, bpffs)? {
-            return Err(taken(bpffs, ""));
-        }
-        Ok(Self { _state: state, _bpffs: bpffs_lock })
+        Ok(state)
     }
 
     /// Whether a daemon runs that uses one of these directories.
@@ -57,6 +65,14 @@ impl Locks {
             File::open(path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
         })
     }
+}
+
+fn lock_bpffs(bpffs: &Path) -> anyhow::Result<File> {
+    let file = File::open(bpffs).with_context(|| format!("cannot open {}", bpffs.display()))?;
+    if is_taken(&file, bpffs)? {
+        return Err(taken(bpffs, ""));
+    }
+    Ok(file)
 }
 
 fn is_taken(file: &File, path: &Path) -> anyhow::Result<bool> {
@@ -93,5 +109,20 @@ mod tests {
         drop(locks);
         assert!(!Locks::are_held(&state, &bpffs));
         Locks::take(&state, &bpffs).unwrap();
+    }
+
+    #[test]
+    fn somebody_who_makes_nothing_locks_what_is_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let (state, bpffs) = (directory.path().join("state"), directory.path().join("bpf"));
+        Locks::take_present(&state, &bpffs).unwrap();
+        assert!(!state.exists() && !bpffs.exists());
+        drop(Locks::take(&state, &bpffs).unwrap());
+        let locks = Locks::take_present(&state, &bpffs).unwrap();
+        assert!(Locks::take(&state, &directory.path().join("other")).is_err());
+        assert!(Locks::take(&directory.path().join("other"), &bpffs).is_err());
+        drop(locks);
+        let _daemon = Locks::take(&state, &directory.path().join("other")).unwrap();
+        assert!(Locks::take_present(&state, &bpffs).is_err());
     }
 }

@@ -1,7 +1,8 @@
 //! Node ports are kept out of the ports that the kernel gives to sockets by itself: `net.ipv4.ip_local_reserved_ports`.
 //!
 //! The list may have entries of the operator's, who may change it at any time. So netlb writes down which entries are its own, before it
-//! makes them: whoever comes after a daemon that was killed takes away those and no others.
+//! makes them: whoever comes after a daemon that was killed takes away those and no others. Each network namespace has a list, and what was
+//! written of another one is kept for those who come there.
 
 use std::{
     collections::BTreeSet,
@@ -13,7 +14,7 @@ use std::{
 
 /// Of the network namespace of the thread that opens it.
 const LIST: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
-/// In the state directory.
+/// In the state directory. Two lines for each list: where it is, and netlb's entries.
 const FILE: &str = "reserved-ports";
 /// The longest list: every other port.
 const LONGEST: usize = 6 << 15;
@@ -26,6 +27,8 @@ pub(crate) struct Reserved {
     list: PathBuf,
     file: PathBuf,
     own: Ports,
+    /// Those in lists of other network namespaces, by what tells these.
+    elsewhere: Vec<(String, Ports)>,
     problem: Option<String>,
 }
 
@@ -37,12 +40,13 @@ impl Reserved {
 
     fn at(list: &Path, state_dir: &Path) -> Self {
         let file = state_dir.join(FILE);
-        // What was written in another life of the kernel, or of another namespace, is not in this list.
-        let own = fs::read_to_string(&file).ok().and_then(|text| {
-            let (place, ports) = text.split_once('\n')?;
-            (place == namespace()).then(|| parse(ports)).flatten()
-        });
-        Self { list: list.to_owned(), file, own: own.unwrap_or_default(), problem: None }
+        let here = namespace();
+        let mut notes = notes(&fs::read_to_string(&file).unwrap_or_default());
+        // What was written in another life of the kernel is in no list.
+        notes.retain(|(place, _)| boot(place) == boot(&here));
+        let (own, elsewhere): (Vec<_>, Vec<_>) = notes.into_iter().partition(|(place, _)| *place == here);
+        let own = own.into_iter().flat_map(|(_, ports)| ports).collect();
+        Self { list: list.to_owned(), file, own, elsewhere, problem: None }
     }
 
     /// Has these ports reserved, and none of our own beside them. Where that fails, it is said once and services go on.
@@ -69,9 +73,17 @@ impl Reserved {
         format(&self.own)
     }
 
-    /// Takes all of them away, and the file as well.
+    /// The ports that are reserved because of netlb in other network namespaces.
+    pub(crate) fn elsewhere(&self) -> String {
+        format(&self.elsewhere.iter().flat_map(|(_, ports)| ports).copied().collect())
+    }
+
+    /// Takes all of them away, and the file as well if it says nothing of other network namespaces.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
         self.try_set(&Ports::new())?;
+        if !self.elsewhere.is_empty() {
+            return Ok(());
+        }
         match fs::remove_file(&self.file) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(named(&self.file, &error)),
             _ => Ok(()),
@@ -97,7 +109,9 @@ impl Reserved {
 
     fn note(&mut self, own: &Ports) -> io::Result<()> {
         let new = self.file.with_extension("new");
-        let text = format!("{}\n{}\n", namespace(), format(own));
+        let here = (namespace(), own.clone());
+        let notes = self.elsewhere.iter().chain((!own.is_empty()).then_some(&here));
+        let text: String = notes.map(|(place, ports)| format!("{place}\n{}\n", format(ports))).collect();
         fs::write(&new, text).and_then(|()| fs::rename(&new, &self.file)).map_err(|error| named(&self.file, &error))?;
         self.own.clone_from(own);
         Ok(())
@@ -113,6 +127,21 @@ fn namespace() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = fs::metadata("/proc/thread-self/ns/net").map_or(0, |namespace| namespace.ino());
     format!("{} {namespace}", boot.trim())
+}
+
+/// The part of it that tells lives of the kernel.
+fn boot(namespace: &str) -> Option<&str> {
+    namespace.split_once(' ').map(|(boot, _)| boot)
+}
+
+/// What is written of each list; nothing of those without entries.
+fn notes(text: &str) -> Vec<(String, Ports)> {
+    let mut notes = Vec::new();
+    let mut lines = text.lines();
+    while let (Some(place), Some(ports)) = (lines.next(), lines.next()) {
+        notes.extend(parse(ports).filter(|ports| !ports.is_empty()).map(|ports| (place.to_owned(), ports)));
+    }
+    notes
 }
 
 #[derive(Debug, Eq, PartialEq)]
@@ -216,7 +245,22 @@ mod tests {
         fs::write(directory.path().join(FILE), noted.replacen(&namespace(), "another 1", 1)).unwrap();
         open().clear().unwrap();
         assert_eq!(text(), "9000,30080");
-        fs::write(directory.path().join(FILE), noted).unwrap();
+        assert!(!directory.path().join(FILE).exists());
+        // Of another network namespace: what is noted of it stays, whatever happens in this one.
+        let elsewhere = format!("{} 1", namespace().split_once(' ').unwrap().0);
+        fs::write(directory.path().join(FILE), noted.replacen(&namespace(), &elsewhere, 1)).unwrap();
+        let mut here = open();
+        assert_eq!((here.own(), here.elsewhere()), (String::new(), "30080".to_owned()));
+        here.set(&ports("30080,30090"));
+        assert_eq!(text(), "9000,30080,30090");
+        assert_eq!((open().own(), open().elsewhere()), ("30090".to_owned(), "30080".to_owned()));
+        open().clear().unwrap();
+        assert_eq!(text(), "9000,30080");
+        assert_eq!((open().own(), open().elsewhere()), (String::new(), "30080".to_owned()));
+        open().clear().unwrap();
+        // There.
+        let noted = fs::read_to_string(directory.path().join(FILE)).unwrap();
+        fs::write(directory.path().join(FILE), noted.replacen(&elsewhere, &namespace(), 1)).unwrap();
         open().clear().unwrap();
         assert_eq!(text(), "9000");
         assert!(!directory.path().join(FILE).exists());

@@ -90,7 +90,7 @@ impl Attacher {
 
     /// Makes sure that a link with our program is on the interface, and says whether it is a new one.
     fn link(&self, index: u32, direction: Direction, order: Order) -> io::Result<bool> {
-        let path = self.pins.link(index, direction);
+        let path = self.pins.link(index, direction, order);
         let program = self.program(direction);
         match syscall::open_pin(&path) {
             Ok(link) => {
@@ -118,19 +118,30 @@ impl Attacher {
         let is_new = self.link(index, first, order)?;
         self.link(index, second, order).map(drop).inspect_err(|_| {
             // Half of us is worse than none.
-            if is_new && let Err(error) = unlink(&self.pins, index, first) {
+            if is_new && let Err(error) = unpin(&self.pins.link(index, first, order)) {
                 tracing::warn!("cannot detach from {} of interface {index}: {error}", first.name());
             }
-        })
+        })?;
+        // Of a netlb that was to have another place. It goes last, so that no packet goes without a program: what one of ours has
+        // translated is no other one's.
+        for direction in self.sequence {
+            for other in Order::BOTH.into_iter().filter(|other| *other != order) {
+                unpin(&self.pins.link(index, direction, other))?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes sure that uplinks have the XDP program, if they are to have one, and others not. Says whether it is there.
     fn link_xdp(&mut self, index: u32) -> io::Result<bool> {
         let role = self.interfaces.get(index).map(|interface| interface.role);
-        let path = self.pins.xdp_link(index);
-        let Some((program, mode)) = self.xdp.as_ref().filter(|_| role == Some(role::UPLINK)) else {
-            return unpin(&path).map(|()| false);
-        };
+        let wanted = self.xdp.as_ref().filter(|_| role == Some(role::UPLINK));
+        // First, because the kernel refuses two modes at once. TC has the packets meanwhile.
+        for other in XdpMode::BOTH.into_iter().filter(|other| wanted.is_none_or(|(_, mode)| mode != other)) {
+            unpin(&self.pins.xdp_link(index, other))?;
+        }
+        let Some((program, mode)) = wanted else { return Ok(false) };
+        let path = self.pins.xdp_link(index, *mode);
         match syscall::open_pin(&path) {
             Ok(link) => {
                 let info = syscall::link_info(link.as_fd())?;
@@ -246,7 +257,9 @@ impl Hooks for Attacher {
 
 /// Takes everything off an interface, which may be gone. Requests first.
 fn detach(pins: &Pins, index: u32) -> io::Result<()> {
-    unpin(&pins.xdp_link(index))?;
+    for mode in XdpMode::BOTH {
+        unpin(&pins.xdp_link(index, mode))?;
+    }
     for direction in Direction::BOTH {
         unlink(pins, index, direction)?;
     }
@@ -254,7 +267,7 @@ fn detach(pins: &Pins, index: u32) -> io::Result<()> {
 }
 
 fn unlink(pins: &Pins, index: u32, direction: Direction) -> io::Result<()> {
-    unpin(&pins.link(index, direction))
+    Order::BOTH.into_iter().try_for_each(|order| unpin(&pins.link(index, direction, order)))
 }
 
 /// Ends a pinned link, if there is one.

@@ -4,8 +4,8 @@
 //! maps/            the maps in use; META tells that they are complete
 //! maps-next/       maps being filled, to take their place
 //! maps-previous/   maps whose place was taken, until no link's program uses them
-//! links/           TCX and XDP links: <interface index>-ingress, <interface index>-egress, <interface index>-xdp;
-//!                  links of the socket hooks: connect4, …
+//! links/           TCX and XDP links: <interface index>-ingress, <interface index>-egress, <interface index>-xdp, with -last for TCX
+//!                  links that are to be last and -generic for XDP in that mode; links of the socket hooks: connect4, …
 //! clsact/          empty directories called by the index of interfaces that have clsact filters of ours
 //! ```
 //!
@@ -19,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::syscall::Direction;
+use super::syscall::{Direction, Order, XdpMode};
 
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
@@ -49,12 +49,22 @@ impl Pins {
         self.root.join("links")
     }
 
-    pub(super) fn link(&self, index: u32, direction: Direction) -> PathBuf {
-        self.links().join(format!("{index}-{}", direction.name()))
+    /// A link keeps its place when its program is exchanged, so that its name says which place that is.
+    pub(super) fn link(&self, index: u32, direction: Direction, order: Order) -> PathBuf {
+        let suffix = match order {
+            Order::First => "",
+            Order::Last => "-last",
+        };
+        self.links().join(format!("{index}-{}{suffix}", direction.name()))
     }
 
-    pub(super) fn xdp_link(&self, index: u32) -> PathBuf {
-        self.links().join(format!("{index}-xdp"))
+    /// As with the place, so with the mode.
+    pub(super) fn xdp_link(&self, index: u32, mode: XdpMode) -> PathBuf {
+        let suffix = match mode {
+            XdpMode::Native => "",
+            XdpMode::Generic => "-generic",
+        };
+        self.links().join(format!("{index}-xdp{suffix}"))
     }
 
     pub(super) fn socket_link(&self, hook: &str) -> PathBuf {
@@ -233,11 +243,14 @@ mod tests {
     fn interfaces_are_found_by_their_pins() {
         let (_directory, pins) = pins();
         for (index, direction) in [(12, Direction::Ingress), (12, Direction::Egress), (3, Direction::Ingress)] {
-            fs::write(pins.link(index, direction), "").unwrap();
+            fs::write(pins.link(index, direction, Order::First), "").unwrap();
         }
+        fs::write(pins.link(4, Direction::Egress, Order::Last), "").unwrap();
+        fs::write(pins.xdp_link(5, XdpMode::Native), "").unwrap();
+        fs::write(pins.xdp_link(6, XdpMode::Generic), "").unwrap();
         pins.note_filters(7).unwrap();
         pins.note_filters(7).unwrap();
-        assert_eq!(pins.linked().unwrap(), [3, 12]);
+        assert_eq!(pins.linked().unwrap(), [3, 4, 5, 6, 12]);
         assert_eq!(pins.filtered().unwrap(), [7]);
         assert!(pins.has_filters(7));
         pins.forget_filters(7).unwrap();

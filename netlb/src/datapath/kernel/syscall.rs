@@ -65,6 +65,10 @@ pub(super) enum Order {
     Last,
 }
 
+impl Order {
+    pub(super) const BOTH: [Self; 2] = [Self::First, Self::Last];
+}
+
 /// Calls bpf(2). What the kernel does not find in a short `attr` it takes for zero.
 fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is as long as we say, and what it points to is alive for the call.
@@ -200,6 +204,10 @@ pub(super) fn create_tcx_link(
 pub(super) enum XdpMode {
     Native,
     Generic,
+}
+
+impl XdpMode {
+    pub(super) const BOTH: [Self; 2] = [Self::Native, Self::Generic];
 }
 
 /// Attaches an XDP program in the same way.

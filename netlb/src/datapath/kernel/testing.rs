@@ -30,7 +30,7 @@ use super::{
     load::{self, Options},
     maps::{KernelMaps, hash, io_error},
     pins::Pins,
-    syscall::Direction,
+    syscall::{self, Direction, Order},
 };
 use crate::{
     config::{Forwarding, Limits, LogLevel, Snat, SocketScope, Timeouts},
@@ -47,6 +47,22 @@ pub fn flow_buckets(flows: u32) -> u32 {
 pub fn announced(bpffs: &Path, index: u32) -> anyhow::Result<Option<Interface>> {
     let map = MapData::from_pin(Pins::new(bpffs).maps().join("INTERFACES"))?;
     Ok(Interfaces::of(&map)?.get(index))
+}
+
+/// Where the links of a netlb that pins them there stand among those of an interface of this network namespace, ingress first.
+pub fn tcx_places(bpffs: &Path, index: u32) -> io::Result<Vec<usize>> {
+    let mut places = Vec::new();
+    for direction in Direction::BOTH {
+        let links = syscall::tcx_links(index, direction)?;
+        for order in Order::BOTH {
+            let link = match syscall::open_pin(&Pins::new(bpffs).link(index, direction, order)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                link => syscall::link_info(link?.as_fd())?,
+            };
+            places.extend(links.iter().position(|id| *id == link.id));
+        }
+    }
+    Ok(places)
 }
 
 /// One of the programs.
