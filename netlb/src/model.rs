@@ -10,7 +10,7 @@ pub use self::{
         Frontend, FrontendError, NodePort, Protocol, Publish, PublishError, describe_claim, parse_address, parse_claim,
         parse_endpoint, parse_port,
     },
-    options::{Affinity, AffinityError, Algorithm, Mode, Owner, SnatMode, TrafficPolicy, TrafficPolicyError},
+    options::{Affinity, AffinityError, Algorithm, Family, Mode, Owner, SnatMode, TrafficPolicy, TrafficPolicyError},
     service::{Claim, Definition, Service, ServiceError},
 };
 

@@ -17,8 +17,8 @@ use utoipa::ToSchema;
 
 use crate::{
     model::{
-        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, FrontendError, Mode, NodePort,
-        Placement, Protocol, Publish, Service, ServiceError, SnatMode, TrafficPolicy, Weight, WeightError,
+        Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Family, Frontend, FrontendError, Mode,
+        NodePort, Placement, Protocol, Publish, Service, ServiceError, SnatMode, TrafficPolicy, Weight, WeightError,
         parse_address, parse_endpoint, parse_port,
     },
     text::serde_by_text,
@@ -69,6 +69,10 @@ pub struct ServiceSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(value_type = Vec<String>, example = json!(["198.51.100.0/24"]))]
     pub source_ranges: Vec<SourceRange>,
+    /// `ipv4` or `ipv6`: for a service that has only ports. Without it, the family of the backends; `ipv4`, if there are none
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "ipv6")]
+    pub family: Option<Family>,
     /// Servers behind the service: `"ADDRESS:PORT"`, `"ADDRESS:PORT=WEIGHT"` or an object; with `publish`, the port may be left out
     #[serde(default)]
     #[schema(value_type = Vec<BackendEntry>)]
@@ -143,6 +147,7 @@ impl ServiceSpec {
             node_port,
             publish,
             source_ranges,
+            family,
             backends,
             algorithm,
             snat,
@@ -161,6 +166,7 @@ impl ServiceSpec {
             name,
             frontends,
             publish,
+            family,
             algorithm,
             snat,
             mode,
@@ -246,6 +252,7 @@ impl From<&Service> for ServiceSpec {
             node_ports,
             publish,
             source_ranges,
+            family: _,
             backends,
             algorithm,
             snat,
@@ -265,6 +272,7 @@ impl From<&Service> for ServiceSpec {
             node_port: None,
             publish: publish.clone(),
             source_ranges: source_ranges.iter().copied().map(SourceRange).collect(),
+            family: service.family(),
             backends: backends.iter().cloned().map(BackendSpec::from).collect(),
             algorithm: *algorithm,
             snat: *snat,

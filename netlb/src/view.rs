@@ -15,8 +15,8 @@ use crate::{
     dataplane::{BackendCounters, Desired, Flow, FlowService, NodeStatus, ServiceStats},
     desired::{Claim, Conflict, Done},
     model::{
-        Affinity, Algorithm, Backend, Conditions, Definition, Frontend, Mode, NodePort, Owner, Placement, Publish,
-        SnatMode, TrafficPolicy,
+        Affinity, Algorithm, Backend, Conditions, Definition, Family, Frontend, Mode, NodePort, Owner, Placement,
+        Publish, SnatMode, TrafficPolicy,
     },
     spec::Hints,
 };
@@ -62,6 +62,10 @@ pub struct ServiceView {
     #[serde(default)]
     #[schema(value_type = Vec<String>, example = json!(["198.51.100.0/24"]))]
     pub source_ranges: Vec<IpNet>,
+    /// `ipv4` or `ipv6`, of a service that has only ports
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "ipv6")]
+    pub family: Option<Family>,
     #[schema(value_type = String)]
     pub algorithm: Algorithm,
     #[schema(value_type = String)]
@@ -203,6 +207,7 @@ impl ServiceView {
             node_ports,
             publish,
             source_ranges,
+            family: _,
             backends: _,
             algorithm,
             snat,
@@ -219,6 +224,7 @@ impl ServiceView {
             node_ports: node_ports.clone(),
             publish: publish.clone(),
             source_ranges: source_ranges.clone(),
+            family: service.family(),
             algorithm: *algorithm,
             snat: *snat,
             mode: *mode,

@@ -9,7 +9,7 @@ use crate::{
     client::{Client, service_path},
     desired::ServicePatch,
     exit::{ExitCode, Failure},
-    model::{Affinity, Algorithm, Frontend, Mode, Publish, SnatMode, TrafficPolicy},
+    model::{Affinity, Algorithm, Family, Frontend, Mode, Publish, SnatMode, TrafficPolicy},
     spec::{AddressSpec, BackendSpec, NodePortSpec, ServiceSpec, SourceRange},
     view::{List, ServiceView},
 };
@@ -67,6 +67,9 @@ pub(super) struct Add {
     /// Port of the node that leads to the backends' port TARGET; may be repeated
     #[arg(short, long, value_name = "[ADDRESS:]PORT:TARGET[/PROTOCOL]", group = "way")]
     publish: Vec<Publish>,
+    /// Family of a service that has only ports [default: that of the backends; ipv4, if there are none]
+    #[arg(long, value_enum)]
+    family: Option<FamilyArg>,
     /// How a backend is chosen for a new flow
     #[arg(short, long, value_enum, default_value_t)]
     algorithm: AlgorithmArg,
@@ -198,6 +201,21 @@ impl From<AlgorithmArg> for Algorithm {
     }
 }
 
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum FamilyArg {
+    Ipv4,
+    Ipv6,
+}
+
+impl From<FamilyArg> for Family {
+    fn from(family: FamilyArg) -> Self {
+        match family {
+            FamilyArg::Ipv4 => Self::Ipv4,
+            FamilyArg::Ipv6 => Self::Ipv6,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
 enum SnatArg {
     /// Those whose replies would not come back through this node
@@ -283,6 +301,7 @@ impl Add {
             source_ranges,
             node_ports,
             publish,
+            family,
             algorithm,
             snat,
             mode,
@@ -300,6 +319,7 @@ impl Add {
             node_port: None,
             publish,
             source_ranges,
+            family: family.map(Family::from),
             backends,
             algorithm: algorithm.into(),
             snat: snat.into(),

@@ -528,6 +528,22 @@ fn cleanup_removes_a_stale_socket_and_keeps_the_services_unless_told() {
     assert_eq!(run_at(&at("sock"), &format!("{line} --yes")).out, "nothing to remove\n");
 }
 
+#[test]
+fn a_service_of_ports_may_be_given_a_family() {
+    let daemon = TestDaemon::start("");
+    ok(&daemon, "svc add -n p4 --node-port 30080");
+    ok(&daemon, "svc add -n p6 --node-port 30080 --family ipv6");
+    let family = |name: &str| {
+        serde_json::from_str::<Value>(&ok(&daemon, &format!("svc show {name} -o json"))).unwrap()["family"].clone()
+    };
+    assert_eq!((family("p4"), family("p6")), (Value::Null, "ipv6".into()));
+    ok(&daemon, "svc add 10.96.0.1:80/tcp -n web -b 10.244.0.1:80 --family ipv4");
+    assert_eq!(family("web"), Value::Null, "its address says it");
+    let Ran { exit, err, .. } = netlb(&daemon, "svc add 10.96.0.2:80/tcp --family ipv6");
+    assert_ne!(exit, ExitCode::Ok);
+    assert!(err.contains("has family ipv6, and 10.96.0.2:80/tcp is of the other one"), "{err}");
+}
+
 /// A daemon that is started while a command writes.
 struct Starting {
     directory: PathBuf,

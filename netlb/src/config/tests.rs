@@ -140,7 +140,7 @@ fn an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one() {
     assert_eq!(
         refused("[[service]]\nfrontend = \"10.96.0.10:80/tcp\"\nbackend = [\"10.244.1.2:8080\"]\n"),
         "\
-netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `backends`, `algorithm`, `snat`, `mode`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
+netlb.toml:3:1: unknown field `backend`, expected one of `name`, `frontends`, `frontend`, `external_ips`, `lb_ips`, `load_balancer_ips`, `node_ports`, `node_port`, `publish`, `source_ranges`, `family`, `backends`, `algorithm`, `snat`, `mode`, `affinity`, `external_traffic_policy`, `internal_traffic_policy`
   |
 3 | backend = [\"10.244.1.2:8080\"]
   | ^^^^^^^
@@ -340,6 +340,25 @@ backends = ["10.244.1.3"]
 }
 
 #[test]
+fn a_service_of_ports_without_backends_has_the_family_it_is_given() {
+    let config = parse(
+        r#"
+[[service]]
+name = "web4"
+node_port = 30080
+backends = ["10.244.1.3:80"]
+
+[[service]]
+name = "web6"
+node_port = 30080
+family = "ipv6"
+"#,
+    );
+    let claims: Vec<_> = config.services.iter().flat_map(Service::claims).map(|claim| claim.to_string()).collect();
+    assert_eq!(claims, ["0.0.0.0:30080/tcp", "[::]:30080/tcp"]);
+}
+
+#[test]
 fn a_wrong_part_of_a_service_is_shown_with_its_place() {
     for (key, place) in [
         ("node_ports = [30080, 70000]", "5:22: `70000` is not PORT"),
@@ -405,8 +424,8 @@ mod written_and_read {
     use super::parse;
     use crate::{
         model::{
-            Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Frontend, Mode, NodePort, Placement,
-            Protocol, Publish, Service, SnatMode, TrafficPolicy, Weight,
+            Affinity, Algorithm, Backend, BackendState, Conditions, Definition, Family, Frontend, Mode, NodePort,
+            Placement, Protocol, Publish, Service, SnatMode, TrafficPolicy, Weight,
         },
         spec::ServiceSpec,
     };
@@ -480,14 +499,15 @@ mod written_and_read {
     fn any_service() -> impl Strategy<Value = Service> {
         let ways = (any_frontends(1), any_frontends(2), any_frontends(3), any_ports());
         let any_mode = prop_oneof![Just(Mode::Nat), Just(Mode::Dsr)];
-        let how = (any_snat(), any_mode, any_affinity(), any_policy(), any_policy());
+        let any_family = option::of(prop_oneof![Just(Family::Ipv4), Just(Family::Ipv6)]);
+        let how = (any_snat(), any_mode, any_affinity(), any_policy(), any_policy(), any_family);
         let ranges = vec((any::<[u8; 4]>(), 0..=32_u8), 0..3);
         (option::of("[a-z][a-z0-9/_.-]{0,20}"), ways, ranges, any_backends(), how).prop_filter_map(
             "is reached somewhere",
             |(name, (frontends, external_ips, load_balancer_ips, (node_ports, publish)), ranges, backends, how)| {
                 let range =
                     |(address, length): ([u8; 4], u8)| ipnet::IpNet::new(address.into(), length).unwrap().trunc();
-                let (snat, mode, affinity, external_traffic_policy, internal_traffic_policy) = how;
+                let (snat, mode, affinity, external_traffic_policy, internal_traffic_policy, family) = how;
                 let source_ranges =
                     if load_balancer_ips.is_empty() { vec![] } else { ranges.into_iter().map(range).collect() };
                 let algorithm = Algorithm::Random;
@@ -499,6 +519,7 @@ mod written_and_read {
                     node_ports,
                     publish,
                     source_ranges,
+                    family,
                     backends,
                     algorithm,
                     snat,

@@ -436,6 +436,8 @@ fn patched(old: &Service, patch: &ServicePatch) -> Result<Service, SpecError> {
         replace(&mut definition.external_traffic_policy, external_traffic_policy);
         replace(&mut definition.internal_traffic_policy, internal_traffic_policy);
         result = replace_open(definition, external_ips, load_balancer_ips, node_ports, backends);
+        // Of what there is now, if that says it.
+        definition.family = definition.first_family().or(definition.family);
     });
     result?;
     Ok(new?)

@@ -360,6 +360,41 @@ fn a_nameless_service_of_ports_does_not_change_its_family_in_silence() {
     assert_eq!(state.find("0.0.0.0:30080/tcp").unwrap().0.backends().len(), 1);
 }
 
+#[test]
+fn a_service_of_ports_keeps_its_family_without_backends() {
+    let service = |json: &str| serde_json::from_str::<ServiceSpec>(json).unwrap().into_service().unwrap();
+    let mut state = state(
+        &[],
+        &[
+            service(r#"{"name":"web4","node_port":30080,"backends":["10.0.0.1:80"]}"#),
+            service(r#"{"name":"web6","node_port":30080,"publish":["8080:80"],"backends":["[fd00::1]:80"]}"#),
+        ],
+    );
+    let reference = || "web6".to_owned();
+    let address = "[fd00::1]:80".parse().unwrap();
+    change(&mut state, Change::RemoveBackend { reference: reference(), address }).unwrap();
+    let web6 = |state: &DesiredState| state.find("web6").unwrap().0.clone();
+    let claims: Vec<_> = web6(&state).claims().map(|claim| claim.to_string()).collect();
+    assert_eq!(claims, ["[::]:30080/tcp", "[::]:8080/tcp"]);
+    let add =
+        |address: &str| Change::AddBackend { reference: reference(), backend: Backend::new(address.parse().unwrap()) };
+    assert_eq!(
+        change(&mut state, add("10.0.0.2:80")).unwrap_err().to_string(),
+        "service `web6` has family ipv6, and 10.0.0.2:80 is of the other one; make one service per family"
+    );
+    change(&mut state, add("[fd00::2]:80")).unwrap();
+    // Who replaces all of them may mean another family.
+    let patch = serde_json::from_str(r#"{"node_ports":[30081],"backends":["10.0.0.2:80"]}"#).unwrap();
+    change(&mut state, Change::Patch { reference: reference(), patch }).unwrap();
+    assert!(!web6(&state).is_v6());
+    let patch = serde_json::from_str(r#"{"frontends":["[fd00::a]:80/tcp"],"backends":[]}"#).unwrap();
+    change(&mut state, Change::Patch { reference: reference(), patch }).unwrap();
+    assert_eq!((web6(&state).is_v6(), web6(&state).family()), (true, None));
+    // What is left of it without its address.
+    let left = web6(&state).without(|claim| claim.address.port() == 80).unwrap();
+    assert!(left.is_v6() && left.family().is_some());
+}
+
 /// One of a few services: `frontends` is a bit for each of four, `ports` for each of three published ports, `unnamed` leaves the name to
 /// the first of them.
 fn any_service() -> impl Strategy<Value = Service> {

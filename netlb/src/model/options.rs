@@ -1,6 +1,6 @@
 //! How services treat their flows, and who owns services.
 
-use std::{fmt, num::NonZeroU32, str::FromStr};
+use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,33 @@ impl fmt::Display for SnatMode {
             Self::Auto => "auto",
             Self::Always => "always",
             Self::Never => "never",
+        })
+    }
+}
+
+/// The family of a service's addresses.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+impl Family {
+    #[must_use]
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::Ipv4,
+            IpAddr::V6(_) => Self::Ipv6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "ipv4",
+            Self::Ipv6 => "ipv6",
         })
     }
 }

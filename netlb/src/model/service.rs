@@ -9,7 +9,9 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{Affinity, Algorithm, Backend, Frontend, Mode, NodePort, Publish, SnatMode, TrafficPolicy, parse_claim};
+use super::{
+    Affinity, Algorithm, Backend, Family, Frontend, Mode, NodePort, Publish, SnatMode, TrafficPolicy, parse_claim,
+};
 
 /// What a service consists of: the ways it is reached by, the backends its traffic goes to, and how.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -26,6 +28,8 @@ pub struct Definition {
     pub publish: Vec<Publish>,
     /// Clients of the load-balancer addresses; all, if there are none.
     pub source_ranges: Vec<IpNet>,
+    /// Known from the first address on, and kept without any: the ports of a service go by it, whatever becomes of its backends.
+    pub family: Option<Family>,
     pub backends: Vec<Backend>,
     pub algorithm: Algorithm,
     pub snat: SnatMode,
@@ -62,6 +66,8 @@ pub enum ServiceError {
     BackendTwice { service: String, backend: SocketAddr },
     #[error("service `{service}` mixes address families: {first} and {second}; make one service per family")]
     MixedFamilies { service: String, first: String, second: String },
+    #[error("service `{service}` has family {family}, and {address} is of the other one; make one service per family")]
+    OtherFamily { service: String, family: Family, address: String },
     #[error("service `{service}`: backend {backend} is its own frontend, traffic would loop")]
     BackendIsFrontend { service: String, backend: SocketAddr },
     #[error("service `{service}` has {count} backends, the most is {max}", max = Service::MAX_BACKENDS)]
@@ -95,7 +101,8 @@ impl Service {
     }
 
     /// A service, checked.
-    pub fn define(definition: Definition) -> Result<Self, ServiceError> {
+    pub fn define(mut definition: Definition) -> Result<Self, ServiceError> {
+        definition.family = definition.family.or_else(|| definition.first_family());
         let claims: Vec<_> = claims(&definition).collect();
         let name = definition.name.clone();
         let Some(first) = claims.first() else {
@@ -213,11 +220,28 @@ impl Service {
     pub fn is_v6(&self) -> bool {
         is_v6(&self.definition)
     }
+
+    /// Its family, unless one of its own addresses says it.
+    #[must_use]
+    pub fn family(&self) -> Option<Family> {
+        let Definition { frontends, external_ips, load_balancer_ips, publish, .. } = &self.definition;
+        let mut frontends = frontends.iter().chain(external_ips).chain(load_balancer_ips);
+        let has_address = frontends.next().is_some() || publish.iter().any(|publish| publish.address.is_some());
+        self.definition.family.filter(|_| !has_address)
+    }
 }
 
-/// The family of the first address there is; a service of ports alone has IPv4.
+impl Definition {
+    /// The family of the first address there is.
+    #[must_use]
+    pub fn first_family(&self) -> Option<Family> {
+        addresses(self).next().map(|(ip, _)| Family::of(ip))
+    }
+}
+
+/// A service of ports alone, of which nothing else is known, has IPv4.
 fn is_v6(definition: &Definition) -> bool {
-    addresses(definition).next().is_some_and(|(ip, _)| ip.is_ipv6())
+    definition.family == Some(Family::Ipv6)
 }
 
 /// Every address in a definition, with what names it.
@@ -250,6 +274,9 @@ fn on_node(NodePort { port, protocol }: NodePort, address: Option<IpAddr>, is_v6
 fn check_family(service: &str, definition: &Definition) -> Result<(), ServiceError> {
     let mut addresses = addresses(definition);
     let Some((ip, first)) = addresses.next() else { return Ok(()) };
+    if let Some(family) = definition.family.filter(|family| *family != Family::of(ip)) {
+        return Err(ServiceError::OtherFamily { service: service.to_owned(), family, address: first.to_string() });
+    }
     let Some((_, second)) = addresses.find(|(other, _)| other.is_ipv4() != ip.is_ipv4()) else { return Ok(()) };
     let (service, first, second) = (service.to_owned(), first.to_string(), second.to_string());
     Err(ServiceError::MixedFamilies { service, first, second })

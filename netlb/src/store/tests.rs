@@ -39,7 +39,7 @@ fn everything_a_service_is_reached_by_is_kept() {
     let mut all =
         vec![spec(r#"{"node_ports":[30080],"publish":["192.0.2.1:8080:80"],"backends":["10.0.1.1"]}"#), first];
     store.save(all.iter()).unwrap();
-    all.push(spec(r#"{"name":"b","publish":["8081:80/udp"]}"#));
+    all.push(spec(r#"{"name":"b","publish":["8081:80/udp"],"family":"ipv6"}"#));
     append(&mut store, "b", &all).unwrap();
     assert_eq!(reopen(&store).1, all);
 }
