@@ -34,6 +34,13 @@ impl Delta {
         Self(self.0 + other.0)
     }
 
+    /// Whether no sum shows it: 0 and 0xffff are the same to all of them.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_nothing(self) -> bool {
+        matches!(fold(self.0), 0 | 0xffff)
+    }
+
     /// As the kernel has it (`__wsum`).
     #[inline(always)]
     #[must_use]
@@ -71,13 +78,25 @@ pub const fn update(check: u16, delta: Delta) -> u16 {
 #[inline(always)]
 #[must_use]
 pub const fn update_udp(check: u16, delta: Delta) -> u16 {
-    if check == 0 {
-        return 0;
-    }
+    if check == 0 { 0 } else { update_to_udp(check, delta) }
+}
+
+/// The same of a field that may be zero by now, after another change.
+#[inline(always)]
+#[must_use]
+pub const fn update_to_udp(check: u16, delta: Delta) -> u16 {
     match update(check, delta) {
         0 => 0xffff,
         updated => updated,
     }
+}
+
+/// Whether a checksum field changed as one does that a device has yet to complete (`CHECKSUM_PARTIAL`): such a one has the sum so far,
+/// while all others have its complement, and change the other way. Of a change that is [nothing](Delta::is_nothing) it cannot be told.
+#[inline(always)]
+#[must_use]
+pub const fn changed_as_partial(before: u16, after: u16, delta: Delta) -> bool {
+    after == fold(before as u64 + delta.0)
 }
 
 /// The folded, uncomplemented sum of some bytes, added to `start`. For tests and for messages netlb writes itself.
@@ -134,6 +153,21 @@ mod tests {
             prop_assert_eq!(fold(sum) % 0xffff, (sum % 0xffff) as u16);
             prop_assert_eq!(fold(sum) == 0, sum == 0);
             prop_assert_eq!(u64::from(Delta(sum).word()) % 0xffff, sum % 0xffff);
+        }
+
+        #[test]
+        fn of_a_field_that_changed_it_is_told_what_it_is(before: u16, change: u32) {
+            let delta = Delta(change.into());
+            prop_assume!(!delta.is_nothing());
+            prop_assert!(changed_as_partial(before, fold(u64::from(before) + u64::from(change)), delta));
+            prop_assert!(!changed_as_partial(before, update(before, delta), delta));
+            prop_assert!(!changed_as_partial(before, update_to_udp(before, delta), delta));
+        }
+
+        #[test]
+        fn a_change_is_nothing_where_no_sum_shows_it(check: u16, change in prop_oneof![any::<u32>(), (0..=0x1_0001_u32).prop_map(|n| n.wrapping_mul(0xffff))]) {
+            let delta = Delta(change.into());
+            prop_assert_eq!(delta.is_nothing(), same(update(check, delta), check));
         }
 
         #[test]

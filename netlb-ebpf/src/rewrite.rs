@@ -1,6 +1,8 @@
 //! Putting a translation into a packet, checksums included.
 //!
 //! At TC the kernel's helpers are used for what offloads depend on: they know whether a checksum is complete, partial or still to be made.
+//! Each call takes as long as all that was computed for it, so there are as few as can be: one tells the transport checksum of the new
+//! addresses, and from what it made of it is seen which kind it is; the other one writes all the rest.
 //!
 //! - IPv4: the header checksum is recomputed here and written with the address in one go, so that the header still sums to zero and the
 //!   device's sum over the packet (CHECKSUM_COMPLETE) stays right.
@@ -15,24 +17,44 @@ use netlb_common::{
     conntrack::Direction,
     flow::{Family, NETWORK, Parsed, Tuple},
     hop::Way,
-    wire::{ipv4, ipv6, tcp, udp},
+    wire::{Fields as _, PacketBytes as _, ipv4, ipv6, tcp, udp},
 };
 
-use crate::frame::{Refused, Skb, Writable, Xdp};
+use crate::frame::{Linear, Refused, Skb, Writable, Xdp};
 
 /// A family whose packets can be rewritten.
 pub(crate) trait Rewrite: Family {
-    /// Writes the IP header: both addresses and the hops left. `delta` is the addresses' change. Says whether the ports were written as well.
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<bool, Refused>;
+    /// The end of the IP header, as it stands in a packet without options: from [`HEAD`](Self::HEAD) on.
+    type Head;
+    /// Where it begins in the IP header.
+    const HEAD: usize;
+    /// How it is written.
+    const FLAGS: u64;
+
+    /// As it shall be: both addresses and the hops left. `delta` is the addresses' change, `old` has the packet from its network header on.
+    fn head(old: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, delta: Delta) -> Self::Head;
 }
 
-/// What the packet shall say.
-pub(crate) struct Ends<A> {
-    pub(crate) source: A,
-    pub(crate) destination: A,
-    pub(crate) ports: [PortBe; 2],
-    pub(crate) ttl: u8,
+/// What is written by one call: the end of the IP header, and the transport header up to the checksum.
+#[repr(C)]
+struct Headers<H, T> {
+    head: H,
+    ports: [PortBe; 2],
+    /// What stands between ports and checksum.
+    between: T,
+    check: u16,
 }
+
+impl<H, T> Headers<H, T> {
+    /// Without what the compiler may add at the end.
+    const LEN: usize = core::mem::offset_of!(Self, check) + size_of::<u16>();
+}
+
+/// Where that begins, after the ports.
+const BETWEEN: usize = 4;
+
+const _: () = assert!(core::mem::offset_of!(Headers<(), [u32; 3]>, check) == tcp::CHECK);
+const _: () = assert!(core::mem::offset_of!(Headers<(), u16>, check) == udp::CHECK);
 
 /// What a translation makes of a packet.
 struct Change<A> {
@@ -73,26 +95,79 @@ pub(crate) fn rewrite<A: Rewrite>(
     translation: &Translation<A>,
     ttl: u8,
 ) -> Result<(), Refused> {
-    let Change { new, addresses, ports } = Change::new(packet, translation);
+    let change = Change::new(packet, translation);
+    let is_tcp = packet.tuple.protocol == tcp::PROTOCOL;
+    // Of a change that no sum shows, nothing is seen.
+    if packet.transport != NETWORK + A::HEADER_LEN || change.addresses.is_nothing() {
+        rewrite_in_pieces(frame, packet, &change, ttl)
+    } else if is_tcp {
+        let check = checksum_of(frame, packet, &change, tcp::CHECK)?;
+        let old = frame.window(NETWORK, A::HEADER_LEN + tcp::CHECK).map_err(|_| Refused)?;
+        let between = [0, 4, 8].map(|at| old.word(A::HEADER_LEN + BETWEEN + at));
+        write(frame, old, packet, &change, ttl, (between, check))
+    } else {
+        // There may be none.
+        let check = if packet.check == 0 { 0 } else { checksum_of(frame, packet, &change, udp::CHECK)? };
+        let old = frame.window(NETWORK, A::HEADER_LEN + udp::CHECK).map_err(|_| Refused)?;
+        let between = old.half(A::HEADER_LEN + BETWEEN);
+        write(frame, old, packet, &change, ttl, (between, check))
+    }
+}
+
+/// Tells a packet's checksum, so far from the transport header, of the new addresses. Returns what it is to be with the new ports as well.
+#[inline(always)]
+fn checksum_of<A: Rewrite>(frame: &Skb, packet: &Parsed<A>, change: &Change<A>, at: usize) -> Result<u16, Refused> {
+    let at = NETWORK + A::HEADER_LEN + at;
+    frame.replace_checksum(at, 0, change.addresses.word() as u64, BPF_F_PSEUDO_HDR as u64)?;
+    let check = frame.window(at, size_of::<u16>()).map_err(|_| Refused)?.half(0);
+    // The ports are in the sum that a device has yet to make.
+    if checksum::changed_as_partial(packet.check, check, change.addresses) {
+        return Ok(check);
+    }
+    let is_tcp = packet.tuple.protocol == tcp::PROTOCOL;
+    Ok(if is_tcp { checksum::update(check, change.ports) } else { checksum::update_to_udp(check, change.ports) })
+}
+
+/// Writes the headers of a packet without options, whose headers so far are `old`.
+#[inline(always)]
+fn write<A: Rewrite, T>(
+    frame: &Skb,
+    old: Linear,
+    packet: &Parsed<A>,
+    Change { new, addresses, .. }: &Change<A>,
+    ttl: u8,
+    (between, check): (T, u16),
+) -> Result<(), Refused> {
+    let head = A::head(old, packet, new, ttl, *addresses);
+    let headers = Headers { head, ports: ends(new), between, check };
+    frame.store_part(NETWORK + A::HEAD, &headers, Headers::<A::Head, T>::LEN, A::FLAGS)
+}
+
+/// Rewrites a packet with options, or a later fragment, which has no transport header.
+#[inline(always)]
+fn rewrite_in_pieces<A: Rewrite>(
+    frame: &Skb,
+    packet: &Parsed<A>,
+    Change { new, addresses, ports }: &Change<A>,
+    ttl: u8,
+) -> Result<(), Refused> {
+    let old = frame.window(NETWORK, A::HEADER_LEN).map_err(|_| Refused)?;
+    frame.store(NETWORK + A::HEAD, &A::head(old, packet, new, ttl, *addresses), A::FLAGS)?;
+    // What the first fragment has of the checksum covers a later one as well.
+    if !packet.has_transport() {
+        return Ok(());
+    }
     let (check, mangled) = if packet.tuple.protocol == tcp::PROTOCOL {
         (packet.transport + tcp::CHECK, 0)
     } else {
         (packet.transport + udp::CHECK, BPF_F_MARK_MANGLED_0 as u64)
     };
-    let Tuple { source, destination, .. } = new;
-    let has_ports = A::write_header(frame, packet, &Ends { source, destination, ports: ends(&new), ttl }, addresses)?;
-    // A later fragment: what the first one has of the checksum covers it as well.
-    if !has_ports && !packet.has_transport() {
-        return Ok(());
-    }
     // From 0 to the difference: the helper takes any change of a 32-bit sum.
     frame.replace_checksum(check, 0, addresses.word() as u64, BPF_F_PSEUDO_HDR as u64 | mangled)?;
-    let (old, new) = (ends(&packet.tuple), ends(&new));
+    let (old, new) = (ends(&packet.tuple), ends(new));
     if old != new {
         frame.replace_checksum(check, 0, ports.word() as u64, mangled)?;
-        if !has_ports {
-            frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
-        }
+        frame.store::<[PortBe; 2]>(packet.transport, &new, 0)?;
     }
     Ok(())
 }
@@ -102,48 +177,63 @@ const fn ends<A>(tuple: &Tuple<A>) -> [PortBe; 2] {
     [tuple.source_port, tuple.destination_port]
 }
 
+/// RFC 791 §3.1, from the time to live on.
+#[repr(C)]
+pub(crate) struct HeadV4 {
+    ttl_and_protocol: [u8; 2],
+    check: u16,
+    source: Ipv4Be,
+    destination: Ipv4Be,
+}
+
+const _: () = assert!(ipv4::TTL + size_of::<HeadV4>() == ipv4::LEN);
+
 impl Rewrite for Ipv4Be {
+    type Head = HeadV4;
+    const HEAD: usize = ipv4::TTL;
+    const FLAGS: u64 = 0;
+
     #[inline(always)]
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, delta: Delta) -> Result<bool, Refused> {
-        /// From the time to live to the destination (RFC 791 §3.1), and on to the ports where there are no options: each call costs.
-        #[repr(C)]
-        struct Part<T> {
-            ttl_and_protocol: [u8; 2],
-            check: u16,
-            source: Ipv4Be,
-            destination: Ipv4Be,
-            ports: T,
-        }
-        const { assert!(ipv4::TTL + size_of::<Part<()>>() == ipv4::LEN && size_of::<Part<[PortBe; 2]>>() == 16) };
+    fn head(_: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, delta: Delta) -> HeadV4 {
         let protocol = packet.tuple.protocol;
-        let hops = Delta::half(u16::from_ne_bytes([packet.ttl, protocol]), u16::from_ne_bytes([new.ttl, protocol]));
-        let part = Part {
-            ttl_and_protocol: [new.ttl, protocol],
-            check: checksum::update(packet.ip_check, delta.plus(hops)),
+        let half = |ttl| u16::from_ne_bytes([ttl, protocol]);
+        HeadV4 {
+            ttl_and_protocol: [ttl, protocol],
+            check: checksum::update(packet.ip_check, delta.plus(Delta::half(half(packet.ttl), half(ttl)))),
             source: new.source,
             destination: new.destination,
-            ports: new.ports,
-        };
-        let has_ports = packet.transport == NETWORK + ipv4::LEN;
-        if has_ports {
-            frame.store(NETWORK + ipv4::TTL, &part, 0)?;
-        } else {
-            let Part { ttl_and_protocol, check, source, destination, .. } = part;
-            frame.store(NETWORK + ipv4::TTL, &Part { ttl_and_protocol, check, source, destination, ports: () }, 0)?;
         }
-        Ok(has_ports)
     }
 }
 
+/// RFC 8200 §3.
+#[repr(C)]
+pub(crate) struct HeadV6 {
+    class_and_label: u32,
+    payload_len: u16,
+    next_header: u8,
+    hop_limit: u8,
+    source: Ipv6Be,
+    destination: Ipv6Be,
+}
+
+const _: () = assert!(size_of::<HeadV6>() == ipv6::LEN);
+
 impl Rewrite for Ipv6Be {
+    type Head = HeadV6;
+    const HEAD: usize = 0;
+    const FLAGS: u64 = BPF_F_RECOMPUTE_CSUM as u64;
+
     #[inline(always)]
-    fn write_header(frame: &Skb, packet: &Parsed<Self>, new: &Ends<Self>, _: Delta) -> Result<bool, Refused> {
-        let recompute = BPF_F_RECOMPUTE_CSUM as u64;
-        if new.ttl != packet.ttl {
-            frame.store(NETWORK + ipv6::HOP_LIMIT, &new.ttl, recompute)?;
+    fn head(old: Linear, _: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, _: Delta) -> HeadV6 {
+        HeadV6 {
+            class_and_label: old.word(0),
+            payload_len: old.half(ipv6::PAYLOAD_LEN),
+            next_header: old.byte(ipv6::NEXT_HEADER),
+            hop_limit: ttl,
+            source: new.source,
+            destination: new.destination,
         }
-        frame.store(NETWORK + ipv6::SOURCE, &[new.source.0, new.destination.0], recompute)?;
-        Ok(false)
     }
 }
 

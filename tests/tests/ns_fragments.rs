@@ -55,6 +55,29 @@ fn long_datagrams_come_back(layout: Layout) -> TestResult {
     Ok(())
 }
 
+/// Backends that do not forbid it leave it to routers to cut their packets, and a redirect cuts none.
+#[test]
+fn replies_that_do_not_fit_the_way_to_the_client_are_cut_by_the_kernel() -> TestResult {
+    for forwarding in Forwarding::BOTH {
+        let serve = |pod: &_| servers::echo(pod, Protocol::Udp, 7001);
+        let cluster = Cluster::start(Plan::new(Layout::Ptp).rp_filter(1), forwarding, (7000, Protocol::Udp), 1, serve)?;
+        cluster.bed.node_a().ns.ip(&format!("link set {} mtu 1400", cluster.client.interface()))?;
+        cluster.client.ns.ip("link set eth0 mtu 1400")?;
+        let (client, server) = (cluster.client.ip(Family::V4), cluster.vip(Family::V4));
+        for len in [1473, 8_000] {
+            let answer = cluster.client.ns.enter(|| {
+                let socket = UdpSocket::bind(SocketAddr::new(client, 0))?;
+                let datagram = datagram(len);
+                socket.send_to(&datagram, server)?;
+                answer(&socket, server, &datagram)
+            })?;
+            let answer = answer.with_context(|| format!("{forwarding}, {len} bytes"))?;
+            assert_eq!(answer.client.ip(), client, "{forwarding}, {len} bytes: whom the backend sees");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn fragments_in_any_order_are_put_together() -> TestResult {
     for layout in [Layout::Ptp, Layout::Bridge] {
