@@ -328,9 +328,25 @@ pub(crate) fn keep<A: Address>(route: &Route, address: A, input: u32, lookup: &L
     }
 }
 
+/// Whether a packet that leaves by a way has to have the way's hardware addresses: a pod's peer takes whatever is meant for it, and a
+/// neighbour that is yet unknown the kernel finds.
+#[inline(always)]
+pub(crate) fn is_addressed(way: &Way, outcome: Outcome) -> bool {
+    !way.has(Way::PEER) && outcome != Outcome::Unresolved
+}
+
 /// Sends a rewritten packet out. Returns the program's result.
 #[inline(always)]
 pub(crate) fn send(frame: &Skb, way: &Way, outcome: Outcome) -> i32 {
+    if is_addressed(way, outcome) && frame.store(0, &way.addresses, 0).is_err() {
+        return refused();
+    }
+    redirect(frame, way, outcome)
+}
+
+/// Sends a rewritten packet out that has its [hardware addresses](is_addressed).
+#[inline(always)]
+pub(crate) fn redirect(frame: &Skb, way: &Way, outcome: Outcome) -> i32 {
     if way.has(Way::PEER) {
         if frame.address_to_host().is_err() {
             return refused();
@@ -340,15 +356,14 @@ pub(crate) fn send(frame: &Skb, way: &Way, outcome: Outcome) -> i32 {
         return unsafe { bpf_redirect_peer(way.interface, 0) } as i32;
     }
     maps::count(Counter::ToInterface);
-    if outcome == Outcome::Unresolved {
-        // SAFETY: no parameters: the kernel finds the next hop by the packet's destination.
-        return unsafe { bpf_redirect_neigh(way.interface, core::ptr::null_mut(), 0, 0) as i32 };
+    // SAFETY: plain integers, and no parameters: the kernel finds the next hop by the packet's destination.
+    unsafe {
+        if outcome == Outcome::Unresolved {
+            bpf_redirect_neigh(way.interface, core::ptr::null_mut(), 0, 0) as i32
+        } else {
+            bpf_redirect(way.interface, 0) as i32
+        }
     }
-    if frame.store(0, &way.addresses, 0).is_err() {
-        return refused();
-    }
-    // SAFETY: plain integers.
-    unsafe { bpf_redirect(way.interface, 0) as i32 }
 }
 
 /// Leaves a packet to the kernel, or to the next program.

@@ -17,25 +17,37 @@ use netlb_common::{
     conntrack::Direction,
     flow::{Family, NETWORK, Parsed, Tuple},
     hop::Way,
-    wire::{Fields as _, PacketBytes as _, ipv4, ipv6, tcp, udp},
+    wire::{Fields as _, PacketBytes as _, ethernet, ipv4, ipv6, tcp, udp},
 };
 
 use crate::frame::{Linear, Refused, Skb, Writable, Xdp};
 
 /// A family whose packets can be rewritten.
 pub(crate) trait Rewrite: Family {
-    /// The end of the IP header, as it stands in a packet without options: from [`HEAD`](Self::HEAD) on.
+    /// What is written of a packet up to the end of an IP header without options.
     type Head;
-    /// Where it begins in the IP header.
-    const HEAD: usize;
+    /// Where that begins in a frame.
+    const FIRST: usize;
+    /// Bytes before it that are not written.
+    const PAD: usize;
+    /// Whether hardware addresses are a part of it.
+    const HAS_HARDWARE: bool;
     /// How it is written.
     const FLAGS: u64;
 
-    /// As it shall be: both addresses and the hops left. `delta` is the addresses' change, `old` has the packet from its network header on.
-    fn head(old: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, delta: Delta) -> Self::Head;
+    /// As it shall be: both addresses and the hops left. `delta` is the addresses' change, `old` has the frame.
+    fn head(old: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, exit: &Exit<'_>, delta: Delta) -> Self::Head;
 }
 
-/// What is written by one call: the end of the IP header, and the transport header up to the checksum.
+/// How a packet leaves.
+pub(crate) struct Exit<'a> {
+    /// What its header shall say.
+    pub(crate) ttl: u8,
+    /// Hardware addresses, if it shall have others than it has.
+    pub(crate) hardware: Option<&'a [u32; 3]>,
+}
+
+/// What is written by one call: headers up to the transport checksum.
 #[repr(C)]
 struct Headers<H, T> {
     head: H,
@@ -46,8 +58,8 @@ struct Headers<H, T> {
 }
 
 impl<H, T> Headers<H, T> {
-    /// Without what the compiler may add at the end.
-    const LEN: usize = core::mem::offset_of!(Self, check) + size_of::<u16>();
+    /// Where what is written ends: the compiler may add something.
+    const END: usize = core::mem::offset_of!(Self, check) + size_of::<u16>();
 }
 
 /// Where that begins, after the ports.
@@ -87,30 +99,34 @@ impl<A: Family> Change<A> {
     }
 }
 
-/// Rewrites a packet; `ttl` is what it shall say.
+/// Rewrites a packet.
 #[inline(always)]
 pub(crate) fn rewrite<A: Rewrite>(
     frame: &Skb,
     packet: &Parsed<A>,
     translation: &Translation<A>,
-    ttl: u8,
+    exit: &Exit<'_>,
 ) -> Result<(), Refused> {
     let change = Change::new(packet, translation);
-    let is_tcp = packet.tuple.protocol == tcp::PROTOCOL;
+    let transport = NETWORK + A::HEADER_LEN;
     // Of a change that no sum shows, nothing is seen.
-    if packet.transport != NETWORK + A::HEADER_LEN || change.addresses.is_nothing() {
-        rewrite_in_pieces(frame, packet, &change, ttl)
-    } else if is_tcp {
+    let written = if packet.transport != transport || change.addresses.is_nothing() {
+        rewrite_in_pieces(frame, packet, &change, exit)
+    } else if packet.tuple.protocol == tcp::PROTOCOL {
         let check = checksum_of(frame, packet, &change, tcp::CHECK)?;
-        let old = frame.window(NETWORK, A::HEADER_LEN + tcp::CHECK).map_err(|_| Refused)?;
-        let between = [0, 4, 8].map(|at| old.word(A::HEADER_LEN + BETWEEN + at));
-        write(frame, old, packet, &change, ttl, (between, check))
+        let old = frame.window(0, transport + tcp::CHECK).map_err(|_| Refused)?;
+        let between = [0, 4, 8].map(|at| old.word(transport + BETWEEN + at));
+        write(frame, old, packet, &change, exit, (between, check))
     } else {
         // There may be none.
         let check = if packet.check == 0 { 0 } else { checksum_of(frame, packet, &change, udp::CHECK)? };
-        let old = frame.window(NETWORK, A::HEADER_LEN + udp::CHECK).map_err(|_| Refused)?;
-        let between = old.half(A::HEADER_LEN + BETWEEN);
-        write(frame, old, packet, &change, ttl, (between, check))
+        let old = frame.window(0, transport + udp::CHECK).map_err(|_| Refused)?;
+        let between = old.half(transport + BETWEEN);
+        write(frame, old, packet, &change, exit, (between, check))
+    };
+    match exit.hardware {
+        Some(addresses) if !A::HAS_HARDWARE => written.and_then(|()| frame.store(0, addresses, 0)),
+        _ => written,
     }
 }
 
@@ -128,19 +144,19 @@ fn checksum_of<A: Rewrite>(frame: &Skb, packet: &Parsed<A>, change: &Change<A>, 
     Ok(if is_tcp { checksum::update(check, change.ports) } else { checksum::update_to_udp(check, change.ports) })
 }
 
-/// Writes the headers of a packet without options, whose headers so far are `old`.
+/// Writes the headers of a packet without options, whose frame is `old`.
 #[inline(always)]
 fn write<A: Rewrite, T>(
     frame: &Skb,
     old: Linear,
     packet: &Parsed<A>,
     Change { new, addresses, .. }: &Change<A>,
-    ttl: u8,
+    exit: &Exit<'_>,
     (between, check): (T, u16),
 ) -> Result<(), Refused> {
-    let head = A::head(old, packet, new, ttl, *addresses);
+    let head = A::head(old, packet, new, exit, *addresses);
     let headers = Headers { head, ports: ends(new), between, check };
-    frame.store_part(NETWORK + A::HEAD, &headers, Headers::<A::Head, T>::LEN, A::FLAGS)
+    frame.store_part(A::FIRST, &headers, A::PAD..Headers::<A::Head, T>::END, A::FLAGS)
 }
 
 /// Rewrites a packet with options, or a later fragment, which has no transport header.
@@ -149,10 +165,11 @@ fn rewrite_in_pieces<A: Rewrite>(
     frame: &Skb,
     packet: &Parsed<A>,
     Change { new, addresses, ports }: &Change<A>,
-    ttl: u8,
+    exit: &Exit<'_>,
 ) -> Result<(), Refused> {
-    let old = frame.window(NETWORK, A::HEADER_LEN).map_err(|_| Refused)?;
-    frame.store(NETWORK + A::HEAD, &A::head(old, packet, new, ttl, *addresses), A::FLAGS)?;
+    let old = frame.window(0, NETWORK + A::HEADER_LEN).map_err(|_| Refused)?;
+    let head = A::head(old, packet, new, exit, *addresses);
+    frame.store_part(A::FIRST, &head, A::PAD..size_of::<A::Head>(), A::FLAGS)?;
     // What the first fragment has of the checksum covers a later one as well.
     if !packet.has_transport() {
         return Ok(());
@@ -177,36 +194,59 @@ const fn ends<A>(tuple: &Tuple<A>) -> [PortBe; 2] {
     [tuple.source_port, tuple.destination_port]
 }
 
-/// RFC 791 §3.1, from the time to live on.
+/// An Ethernet header, and one of IPv4 (RFC 791 §3.1).
 #[repr(C)]
 pub(crate) struct HeadV4 {
+    /// So that the rest is aligned.
+    pad: u16,
+    hardware: [u16; 6],
+    ether_type: u16,
+    version_to_len: u32,
+    id_to_offset: u32,
     ttl_and_protocol: [u8; 2],
     check: u16,
     source: Ipv4Be,
     destination: Ipv4Be,
 }
 
-const _: () = assert!(ipv4::TTL + size_of::<HeadV4>() == ipv4::LEN);
+const _: () = assert!(size_of::<HeadV4>() == Ipv4Be::PAD + NETWORK + ipv4::LEN);
 
 impl Rewrite for Ipv4Be {
     type Head = HeadV4;
-    const HEAD: usize = ipv4::TTL;
+    const FIRST: usize = 0;
+    const PAD: usize = 2;
+    const HAS_HARDWARE: bool = true;
     const FLAGS: u64 = 0;
 
     #[inline(always)]
-    fn head(_: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, delta: Delta) -> HeadV4 {
+    fn head(old: Linear, packet: &Parsed<Self>, new: &Tuple<Self>, exit: &Exit<'_>, delta: Delta) -> HeadV4 {
         let protocol = packet.tuple.protocol;
         let half = |ttl| u16::from_ne_bytes([ttl, protocol]);
         HeadV4 {
-            ttl_and_protocol: [ttl, protocol],
-            check: checksum::update(packet.ip_check, delta.plus(Delta::half(half(packet.ttl), half(ttl)))),
+            pad: 0,
+            hardware: match exit.hardware {
+                Some(addresses) => halves(*addresses),
+                None => [0, 2, 4, 6, 8, 10].map(|at| old.half(at)),
+            },
+            ether_type: ethernet::IPV4,
+            version_to_len: old.word(NETWORK),
+            id_to_offset: old.word(NETWORK + ipv4::ID),
+            ttl_and_protocol: [exit.ttl, protocol],
+            check: checksum::update(packet.ip_check, delta.plus(Delta::half(half(packet.ttl), half(exit.ttl)))),
             source: new.source,
             destination: new.destination,
         }
     }
 }
 
-/// RFC 8200 §3.
+/// The same as they lie in memory.
+#[inline(always)]
+const fn halves(words: [u32; 3]) -> [u16; 6] {
+    // SAFETY: plain integers, of the same size.
+    unsafe { core::mem::transmute(words) }
+}
+
+/// A header of IPv6 (RFC 8200 §3).
 #[repr(C)]
 pub(crate) struct HeadV6 {
     class_and_label: u32,
@@ -221,16 +261,19 @@ const _: () = assert!(size_of::<HeadV6>() == ipv6::LEN);
 
 impl Rewrite for Ipv6Be {
     type Head = HeadV6;
-    const HEAD: usize = 0;
+    const FIRST: usize = NETWORK;
+    const PAD: usize = 0;
+    // A device's sum begins past them.
+    const HAS_HARDWARE: bool = false;
     const FLAGS: u64 = BPF_F_RECOMPUTE_CSUM as u64;
 
     #[inline(always)]
-    fn head(old: Linear, _: &Parsed<Self>, new: &Tuple<Self>, ttl: u8, _: Delta) -> HeadV6 {
+    fn head(old: Linear, _: &Parsed<Self>, new: &Tuple<Self>, exit: &Exit<'_>, _: Delta) -> HeadV6 {
         HeadV6 {
-            class_and_label: old.word(0),
-            payload_len: old.half(ipv6::PAYLOAD_LEN),
-            next_header: old.byte(ipv6::NEXT_HEADER),
-            hop_limit: ttl,
+            class_and_label: old.word(NETWORK),
+            payload_len: old.half(NETWORK + ipv6::PAYLOAD_LEN),
+            next_header: old.byte(NETWORK + ipv6::NEXT_HEADER),
+            hop_limit: exit.ttl,
             source: new.source,
             destination: new.destination,
         }

@@ -17,7 +17,7 @@ use crate::{
     icmp,
     maps::{self, Work},
     pipeline::{self, Packet},
-    rewrite::rewrite,
+    rewrite::{Exit, rewrite},
     subprograms::{self, Hook as _},
 };
 
@@ -102,7 +102,7 @@ pub(crate) fn account<A: Packet>(frame: &Skb, work: &Work<A>) {
 /// Rewrites a packet that the kernel sends.
 #[inline(always)]
 pub(crate) fn restore<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
-    match rewrite(frame, &work.packet, &work.translation, work.packet.ttl) {
+    match rewrite(frame, &work.packet, &work.translation, &Exit { ttl: work.packet.ttl, hardware: None }) {
         Ok(()) => NEXT,
         Err(_) => forward::refused(),
     }
@@ -135,8 +135,9 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
         Outcome::Resolved | Outcome::Unresolved if is_fast => {
             let ttl = if way.has(Way::BRIDGED) { packet.ttl } else { packet.ttl - 1 };
             account(frame, work);
-            match rewrite(frame, packet, translation, ttl) {
-                Ok(()) => forward::send(frame, &way, outcome),
+            let hardware = forward::is_addressed(&way, outcome).then_some(&way.addresses);
+            match rewrite(frame, packet, translation, &Exit { ttl, hardware }) {
+                Ok(()) => forward::redirect(frame, &way, outcome),
                 Err(_) => forward::refused(),
             }
         }
@@ -154,7 +155,7 @@ pub(crate) fn dispatch<A: Packet>(frame: &Skb, work: &Work<A>) -> i32 {
         Outcome::TooBig if is_fast && !translation.has_snat && translation.direction == Direction::Reply => NEXT,
         _ => {
             account(frame, work);
-            match rewrite(frame, packet, translation, packet.ttl) {
+            match rewrite(frame, packet, translation, &Exit { ttl: packet.ttl, hardware: None }) {
                 Ok(()) => forward::to_stack(),
                 Err(_) => forward::refused(),
             }

@@ -12,6 +12,7 @@ pub const LEN: usize = size_of::<Ipv4Hdr>();
 pub const TRAFFIC_CLASS: usize = offset_of!(Ipv4Hdr, tos);
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
 pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);
+pub const ID: usize = offset_of!(Ipv4Hdr, id);
 pub const TTL: usize = offset_of!(Ipv4Hdr, ttl);
 pub const CHECK: usize = offset_of!(Ipv4Hdr, check);
 pub const SOURCE: usize = offset_of!(Ipv4Hdr, src_addr);
@@ -51,7 +52,7 @@ impl<W: Fields> Ipv4<W> {
     /// What the fragments of a datagram have in common.
     #[inline(always)]
     pub fn id(self) -> u16 {
-        self.0.half(offset_of!(Ipv4Hdr, id))
+        self.0.half(ID)
     }
 
     /// The packet's length, this header included.

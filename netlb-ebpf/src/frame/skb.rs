@@ -92,18 +92,26 @@ impl Skb {
 
     #[inline(always)]
     pub(crate) fn store<T>(&self, offset: usize, value: &T, flags: u64) -> Result<(), Refused> {
-        self.store_part(offset, value, size_of::<T>(), flags)
+        self.store_part(offset, value, 0..size_of::<T>(), flags)
     }
 
-    /// Writes a value up to the bytes that the compiler added at its end.
+    /// Writes some of a value's bytes.
     #[inline(always)]
-    pub(crate) fn store_part<T>(&self, offset: usize, value: &T, len: usize, flags: u64) -> Result<(), Refused> {
-        if len > size_of::<T>() {
+    pub(crate) fn store_part<T>(
+        &self,
+        offset: usize,
+        value: &T,
+        part: core::ops::Range<usize>,
+        flags: u64,
+    ) -> Result<(), Refused> {
+        if part.start > part.end || part.end > size_of::<T>() {
             return Err(Refused);
         }
-        let from = core::ptr::from_ref(value).cast();
         // SAFETY: the value is readable for its size.
-        let result = unsafe { bpf_skb_store_bytes(self.skb().cast(), offset as u32, from, len as u32, flags) };
+        let result = unsafe {
+            let from = core::ptr::from_ref(value).cast::<u8>().add(part.start).cast();
+            bpf_skb_store_bytes(self.skb().cast(), offset as u32, from, (part.end - part.start) as u32, flags)
+        };
         if result == 0 { Ok(()) } else { Err(Refused) }
     }
 
