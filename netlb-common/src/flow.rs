@@ -154,6 +154,23 @@ impl Family for Ipv6Be {
     }
 }
 
+/// Whether a transport header follows an IP header without options, and all of both can be read: so it is with nearly all packets.
+#[inline(always)]
+pub fn has_plain_headers(packet: &(impl PacketBytes + ?Sized)) -> bool {
+    let Ok(header) = packet.window(0, NETWORK + ipv4::LEN) else { return false };
+    let (protocol, transport) = match header.half(ethernet::ETHER_TYPE) {
+        ethernet::IPV4 if header.byte(NETWORK) == ipv4::PLAIN => (header.byte(NETWORK + ipv4::PROTOCOL), ipv4::LEN),
+        ethernet::IPV6 => (header.byte(NETWORK + ipv6::NEXT_HEADER), ipv6::LEN),
+        _ => return false,
+    };
+    let transport_len = match protocol {
+        tcp::PROTOCOL => tcp::LEN,
+        udp::PROTOCOL => udp::LEN,
+        _ => return false,
+    };
+    packet.window(NETWORK + transport, transport_len).is_ok()
+}
+
 /// What the transport header says.
 struct Ends {
     ports: (PortBe, PortBe),
@@ -317,6 +334,28 @@ mod tests {
         assert_eq!((parsed.tuple.source_port.get(), parsed.tuple.destination_port.get()), (40000, 80));
         assert!(parsed.segment.is_syn());
         assert_eq!(parsed.transport, 34);
+    }
+
+    #[test]
+    fn plain_headers_are_told_from_all_others() {
+        let ipv4 = ipv4_frame();
+        assert!(has_plain_headers(ipv4.as_slice()));
+        assert!(!has_plain_headers(&ipv4[..53]), "a cut one");
+        let with = |at: usize, byte| {
+            let mut frame = ipv4.clone();
+            frame[at] = byte;
+            frame
+        };
+        assert!(!has_plain_headers(with(14, 0x46).as_slice()), "options");
+        assert!(!has_plain_headers(with(23, 1).as_slice()), "ICMP");
+        assert!(!has_plain_headers(with(13, 0x06).as_slice()), "ARP");
+        assert!(has_plain_headers(&with(23, 17)[..42]) && !has_plain_headers(&with(23, 17)[..41]));
+        assert!(!has_plain_headers(&ipv4[..20]) && !has_plain_headers(&ipv4[..0]));
+
+        let ipv6 = ipv6_frame(&[], 17);
+        assert!(has_plain_headers(ipv6.as_slice()) && !has_plain_headers(&ipv6[..ipv6.len() - 1]));
+        assert!(!has_plain_headers(ipv6_frame(&[], 6).as_slice()), "no more than eight bytes of TCP");
+        assert!(!has_plain_headers(ipv6_frame(&[&[17, 0, 0, 0, 0, 0, 0, 0]], 0).as_slice()), "hop-by-hop options");
     }
 
     #[test]

@@ -9,6 +9,8 @@ use crate::addr::Ipv4Be;
 
 /// Without options.
 pub const LEN: usize = size_of::<Ipv4Hdr>();
+/// The first byte of a header without options: version and length in words.
+pub const PLAIN: u8 = 0x45;
 pub const TRAFFIC_CLASS: usize = offset_of!(Ipv4Hdr, tos);
 pub const TOTAL_LEN: usize = offset_of!(Ipv4Hdr, tot_len);
 pub const PROTOCOL: usize = offset_of!(Ipv4Hdr, proto);

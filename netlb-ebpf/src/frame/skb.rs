@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use netlb_common::{
-    flow::{NETWORK, Parsed},
+    flow::{self, NETWORK, Parsed},
     fragment::{FRAME, HeldFrame},
     wire::{Fields as _, Ignore, PacketBytes, ethernet},
 };
@@ -65,11 +65,12 @@ impl Skb {
         unsafe { (*self.skb()).gso_size }
     }
 
-    /// Makes the headers readable: a driver may leave them in fragments of the buffer.
+    /// Makes the headers readable: a driver may leave them in fragments of the buffer. What TCP sends here has them where they can be read, and
+    /// nothing else: pulled, that would get a new buffer for each packet.
     #[inline(always)]
     pub(crate) fn pull_headers(&self) {
         let linear = self.0.data_end().wrapping_sub(self.0.data()) as u32;
-        if linear < HEADERS && linear < self.len() {
+        if linear < HEADERS && linear < self.len() && !flow::has_plain_headers(self) {
             self.pull(if self.len() < HEADERS { self.len() } else { HEADERS });
         }
     }
