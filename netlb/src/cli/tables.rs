@@ -37,6 +37,7 @@ fn particulars(service: &ServiceView) -> Vec<(&'static str, String)> {
         ("source ranges", joined(&service.source_ranges)),
         ("node ports", joined(&service.node_ports)),
         ("published", joined(&service.publish)),
+        ("family", service.family.map_or_else(String::new, |family| family.to_string())),
         ("mode", if service.mode == Mode::default() { String::new() } else { service.mode.to_string() }),
         ("external traffic", unless_default(service.external_traffic_policy)),
         ("internal traffic", unless_default(service.internal_traffic_policy)),

@@ -537,6 +537,7 @@ fn a_service_of_ports_may_be_given_a_family() {
         serde_json::from_str::<Value>(&ok(&daemon, &format!("svc show {name} -o json"))).unwrap()["family"].clone()
     };
     assert_eq!((family("p4"), family("p6")), (Value::Null, "ipv6".into()));
+    assert!(ok(&daemon, "svc show p6").contains("\n  node ports: 30080/tcp\n  family: ipv6\n"));
     ok(&daemon, "svc add 10.96.0.1:80/tcp -n web -b 10.244.0.1:80 --family ipv4");
     assert_eq!(family("web"), Value::Null, "its address says it");
     let Ran { exit, err, .. } = netlb(&daemon, "svc add 10.96.0.2:80/tcp --family ipv6");
